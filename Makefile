@@ -1,0 +1,44 @@
+# Two commands do all: `make demo` and `make test`. Both make .venv themselves; python3 (3.11+) is enough.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+SOURCES := deploy gateway loadtest services tests hatch_build.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench clean
+
+help:  ## what each target does
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(shell find protos -name '*.proto')
+	@echo "==> setting up $(VENV) (once; about half a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## a real mesh answers 500 held-out flights, then loses a service and keeps answering
+	@$(BIN)/tenfold demo
+
+test: $(STAMP)  ## every test
+	@$(BIN)/python -m pytest
+
+check: $(STAMP)  ## format, lint, types, import contracts, protobuf contracts
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	.ci/buf-breaking $(BIN)/buf
+
+format: $(STAMP)  ## rewrite the sources in the house format
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(STAMP)  ## what a request costs, process by process
+	@$(BIN)/python -m loadtest.bench.mesh
+
+clean:  ## remove the environment, the demonstration's artefacts and every cache
+	rm -rf $(VENV) .tenfold .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find protos -name '*_pb2*.py*' -delete

@@ -1,0 +1,33 @@
+"""What a stored row means: the names, order and types of its columns, and a hash that stands for them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ViewSchema:
+    """One feature view as the online store knows it.
+
+    entity: the entity whose id is the key, for example "tailnum".
+    columns: float32 columns in the order they are stored.
+    ttl_s: age in seconds at which a row expires; 0 for never.
+    schema_hash: first 8 bytes of a SHA-256 over name, entity and columns, as an unsigned integer.
+    """
+
+    name: str
+    entity: str
+    columns: Sequence[str]
+    ttl_s: float = 0.0
+    schema_hash: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise ValueError(f"view {self.name!r} must have at least 1 column, got 0")
+        if len(set(self.columns)) != len(self.columns):
+            raise ValueError(f"view {self.name!r} must not repeat a column, got {list(self.columns)}")
+        text = "\n".join(("tenfold.view.1", self.name, self.entity, *self.columns))
+        digest = hashlib.sha256(text.encode()).digest()
+        object.__setattr__(self, "schema_hash", int.from_bytes(digest[:8], "little"))

@@ -1,0 +1,207 @@
+"""A server, from start to drained, with one face over two transports.
+
+"grpcio" is grpc.aio. "native" is pygrpc-native: HTTP/2 outside the GIL, calls reach Python in batches; it takes the
+same servicers. Where its wheel is absent the server says so and runs on grpcio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.mesh import attributes
+from services.mesh.channels import MAX_MESSAGE_BYTES
+from services.mesh.context import caller_of
+from services.mesh.errors import ending_of
+from services.mesh.settings import ServiceSettings
+from services.mesh.telemetry import NO_TRACING, Tracing
+from services.resilience.call import Call
+from services.resilience.errors import CallError
+
+log = logging.getLogger(__name__)
+
+Req = TypeVar("Req")
+Res = TypeVar("Res")
+Trailers = tuple[tuple[str, str | bytes], ...]
+Method = Callable[[Any, Call[Req]], Awaitable[Res]]
+Served = Callable[[Any, Req, Any], Awaitable[Res]]
+
+# grpc.aio answers CANCELLED past its pending calls; our own queues refuse earlier and say why
+_PENDING_CALLS = 20_000
+_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a second server on one port is a mistake, and must fail as one
+)
+_GRPCIO_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.server.max_pending_requests", _PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * _PENDING_CALLS),
+)
+
+
+def unary(
+    method: str, trailers: Callable[[Res], Trailers] | None = None
+) -> Callable[[Method[Req, Res]], Served[Req, Res]]:
+    """Makes a servicer's method of one that takes a Call and raises our errors.
+
+    method: "package.Service/Method", as spans name it.
+    trailers: metadata that follows an answer.
+    The servicer may have an attribute `tracing`; sampled calls then become server spans.
+    """
+
+    def wrap(handle: Method[Req, Res]) -> Served[Req, Res]:
+        @functools.wraps(handle)
+        async def serve_one(self: Any, request: Req, context: Any) -> Res:
+            caller = caller_of(context)
+            tracing: Tracing = getattr(self, "tracing", NO_TRACING)
+            with tracing.server(method, caller.traceparent) as span:
+                if span.recording:
+                    span.set(attributes.RPC_SYSTEM, "grpc")
+                    span.set(attributes.RPC_METHOD, method)
+                    span.set(attributes.SPAN_PRIORITY, caller.priority.label)
+                    span.set(attributes.SPAN_TENANT, caller.tenant)
+                    caller = caller.with_traceparent(span.traceparent)
+                try:
+                    answer = await handle(self, Call(request, caller))
+                except CallError as error:
+                    ending = ending_of(error)
+                    span.set(attributes.RPC_STATUS, ending.code.name)
+                    span.set(attributes.REASON, ending.reason.label)
+                    span.fail(ending.message)
+                    failed = ending
+                else:
+                    span.set(attributes.RPC_STATUS, "OK")
+                    if trailers is not None and (following := trailers(answer)):
+                        context.set_trailing_metadata(following)
+                    return answer
+            await context.abort(failed.code, failed.message, failed.trailers)
+            raise AssertionError("abort returned")
+
+        return serve_one
+
+    return wrap
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A servicer, and how generated code adds it to a server.
+
+    name: its full name, "tenfold.router.v1.RouterService".
+    """
+
+    name: str
+    servicer: Any
+    add: Callable[[Any, Any], None]
+
+
+class Server:
+    """One listening server with health, reflection and channelz.
+
+    Health says NOT_SERVING until `ready` is called, and again from the start of `stop`.
+    """
+
+    def __init__(self, listen: str, offers: Iterable[Offer], transport: str = "grpcio") -> None:
+        self.listen = listen
+        self.transport = transport
+        self._offers = list(offers)
+        self._health = health.aio.HealthServicer()
+        # reflection and channelz of the native transport run on grpcio behind it
+        self._server = _new_server(transport)
+        for offer in self._offers:
+            offer.add(offer.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([*self.names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        channelz.add_channelz_servicer(self._server)
+
+    @property
+    def names(self) -> list[str]:
+        return [offer.name for offer in self._offers]
+
+    async def start(self) -> int:
+        """Listens; the port, or 0 for a Unix socket. Raises RuntimeError where the address is taken."""
+        for name in ("", *self.names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        port = int(self._server.add_insecure_port(self.listen))
+        await self._server.start()
+        return 0 if self.listen.startswith("unix:") else port
+
+    async def ready(self, serving: bool = True) -> None:
+        status = health_pb2.HealthCheckResponse
+        for name in ("", *self.names):
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, *, lame_duck_s: float, grace_s: float) -> None:
+        """Says NOT_SERVING, waits for balancers to look away, then lets calls in flight finish."""
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(lame_duck_s)
+        await self._server.stop(grace_s)
+
+
+def _new_server(transport: str) -> Any:
+    threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grpc")  # channelz is not asynchronous
+    if transport == "native":
+        try:
+            # `from pygrpc_native import aio` recurses for ever in 0.5.0
+            import pygrpc_native.aio as native
+        except ImportError:
+            log.warning("pygrpc-native is not installed; serving with grpcio instead")
+        else:
+            return native.server(threads, options=list(_OPTIONS))
+    return grpc.aio.server(threads, options=[*_OPTIONS, *_GRPCIO_OPTIONS])
+
+
+async def stop_requested() -> None:
+    """Returns at SIGTERM or SIGINT. A second one ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+
+
+async def serve(settings: ServiceSettings, offers: Iterable[Offer], make_ready: Callable[[], Awaitable[None]]) -> None:
+    """Listens, becomes ready, serves until told to stop, drains.
+
+    make_ready: returns when the first request can be answered: models warmed, stores reached.
+    """
+    server = Server(settings.listen, offers, settings.transport)
+    await server.start()
+    log.info("listening", extra={"listen": settings.listen, "transport": settings.transport})
+    stopping = asyncio.create_task(stop_requested())
+    getting_ready = asyncio.ensure_future(make_ready())
+    try:
+        await asyncio.wait({stopping, getting_ready}, return_when=asyncio.FIRST_COMPLETED)
+        if getting_ready.done():
+            getting_ready.result()  # a service that cannot become ready must not pretend
+            await server.ready()
+            log.info("serving", extra={"services": server.names})
+        await stopping
+    finally:
+        getting_ready.cancel()
+        stopping.cancel()
+        log.info("draining", extra={"grace_s": settings.grace_s})
+        await server.stop(lame_duck_s=settings.lame_duck_s, grace_s=settings.grace_s)
+        log.info("stopped")
+
+
+def die_with_parent() -> None:
+    """Asks Linux to end this process when its parent dies, so that no stack leaves orphans; elsewhere does nothing."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
