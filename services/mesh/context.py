@@ -32,6 +32,7 @@ def caller_of(context: ServerContext) -> Caller:
         tenant=_text(metadata.get(attributes.TENANT)) or "public",
         cohort=_text(metadata.get(attributes.COHORT)) or "",
         traceparent=_text(metadata.get(attributes.TRACEPARENT)) or "",
+        degraded_reason=_text(metadata.get(attributes.DEGRADED_REASON)) or "",
     )
 
 

@@ -47,6 +47,11 @@ class CalleeError(CallError):
         return self.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
     @property
+    def explained(self) -> bool:
+        """Whether the callee itself said why: it is alive, whatever it could not do."""
+        return self._reason is not Reason.UNSPECIFIED
+
+    @property
     def reason(self) -> Reason:
         """What to tell our own caller."""
         if self._reason is not Reason.UNSPECIFIED:

@@ -12,10 +12,11 @@ import functools
 import logging
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import grpc
 from grpc_channelz.v1 import channelz
@@ -39,6 +40,7 @@ Trailers = tuple[tuple[str, str | bytes], ...]
 Method = Callable[[Any, Call[Req]], Awaitable[Res]]
 Served = Callable[[Any, Req, Any], Awaitable[Res]]
 
+_FLUSH_S = 0.1  # an answer reaches its socket in well under a millisecond, on a machine that is not busy
 # grpc.aio answers CANCELLED past its pending calls; our own queues refuse earlier and say why
 _PENDING_CALLS = 20_000
 _OPTIONS: Sequence[tuple[str, int]] = (
@@ -52,6 +54,10 @@ _GRPCIO_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
+@overload
+def unary(method: str) -> Callable[[Method[Req, Res]], Served[Req, Res]]: ...
+@overload
+def unary(method: str, trailers: Callable[[Res], Trailers]) -> Callable[[Method[Req, Res]], Served[Req, Res]]: ...
 def unary(
     method: str, trailers: Callable[[Res], Trailers] | None = None
 ) -> Callable[[Method[Req, Res]], Served[Req, Res]]:
@@ -87,12 +93,19 @@ def unary(
                     if trailers is not None and (following := trailers(answer)):
                         context.set_trailing_metadata(following)
                     return answer
-            await context.abort(failed.code, failed.message, failed.trailers)
+            await context.abort(failed.code, failed.message, _sendable(context, failed.trailers))
             raise AssertionError("abort returned")
 
         return serve_one
 
     return wrap
+
+
+def _sendable(context: Any, trailers: Trailers) -> Trailers:
+    """Less what pygrpc-native 0.5 refuses to send: it takes push-back for reserved, and the call would never end."""
+    if type(context).__module__.startswith("pygrpc_native"):
+        return tuple(pair for pair in trailers if pair[0] != attributes.PUSHBACK_MS)
+    return trailers
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,8 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*self.names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         channelz.add_channelz_servicer(self._server)
+        if streams := _streams_of(self._server):
+            self._server.add_generic_rpc_handlers((streams,))
 
     @property
     def names(self) -> list[str]:
@@ -147,7 +162,7 @@ class Server:
         """Says NOT_SERVING, waits for balancers to look away, then lets calls in flight finish."""
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(lame_duck_s)
-        await self._server.stop(grace_s)
+        await self._server.stop(await _flushed(self._server, grace_s))
 
 
 def _new_server(transport: str) -> Any:
@@ -161,6 +176,40 @@ def _new_server(transport: str) -> Any:
         else:
             return native.server(threads, options=list(_OPTIONS))
     return grpc.aio.server(threads, options=[*_OPTIONS, *_GRPCIO_OPTIONS])
+
+
+class _Streams(grpc.GenericRpcHandler):
+    """Methods with a stream of requests, by their full name."""
+
+    def __init__(self, methods: dict[str, Any]) -> None:
+        self._methods = methods
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        return self._methods.get(handler_call_details.method)
+
+
+def _streams_of(server: Any) -> _Streams | None:
+    """What pygrpc-native 0.5 would lose: it hands such methods to a grpcio server behind it, in a way that the grpcio
+    we use ignores, reflection's among them. As a generic handler that server takes them.
+    """
+    registered: dict[str, Any] = getattr(server, "_registered", {})
+    methods = {path: handler for path, handler in registered.items() if handler.request_streaming}
+    return _Streams(methods) if methods else None
+
+
+async def _flushed(server: Any, grace_s: float) -> float:
+    """Seconds of grace that are left once what pygrpc-native 0.5 has in flight is answered and on its way.
+
+    When it stops it drops the connections at once, and with them answers that a call has given but no socket taken.
+    """
+    calls: dict[int, Any] = getattr(server, "_calls", {})
+    tasks = [call.task for call in calls.values() if call.task is not None]
+    if not tasks:
+        return grace_s
+    started = time.monotonic()
+    await asyncio.wait(tasks, timeout=grace_s)
+    await asyncio.sleep(_FLUSH_S)
+    return max(0.0, grace_s - (time.monotonic() - started))
 
 
 async def stop_requested() -> None:

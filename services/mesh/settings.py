@@ -68,6 +68,7 @@ class ServiceSettings:
     egress: where calls to other services go: the gateway's egress listener; empty where the service makes none.
     otlp: where sampled spans go, an OTLP gRPC address; empty to keep none.
     transport: "grpcio" or "native", see services/mesh/serve.py.
+    channel: "h2" or "grpcio", how calls leave, see services/mesh/channels.py.
     lame_duck_s: how long a stopping server says NOT_SERVING before it refuses, so that balancers look away.
     grace_s: how long it then waits for calls in flight.
     """
@@ -78,12 +79,15 @@ class ServiceSettings:
     egress: str = ""
     otlp: str = ""
     transport: str = "grpcio"
+    channel: str = "h2"
     lame_duck_s: float = 0.3
     grace_s: float = 5.0
 
     def __post_init__(self) -> None:
         if self.transport not in ("grpcio", "native"):
             raise ValueError(f"{PREFIX}TRANSPORT must be grpcio or native, got {self.transport!r}")
+        if self.channel not in ("h2", "grpcio"):
+            raise ValueError(f"{PREFIX}CHANNEL must be h2 or grpcio, got {self.channel!r}")
         for name in ("lame_duck_s", "grace_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{PREFIX}{name.upper()} must be at least 0 s, got {getattr(self, name)}")

@@ -42,6 +42,7 @@ class Caller:
 
     deadline: on the clock of `time.monotonic`, seconds; infinite where the client set none.
     traceparent: W3C trace context as received, empty where there is none.
+    degraded_reason: label of the Reason for which a stand-in is asked, empty where there is none.
     """
 
     priority: Priority = Priority.BACKGROUND
@@ -49,6 +50,7 @@ class Caller:
     tenant: str = "public"
     cohort: str = ""
     traceparent: str = ""
+    degraded_reason: str = ""
 
     def remaining_s(self, now: float) -> float:
         """Seconds until the deadline; never negative."""

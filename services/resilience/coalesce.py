@@ -7,11 +7,12 @@ There is no timer: a lone call leaves at once, and the batch grows by itself wit
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, cast
 
 from services.resilience.call import Call, Clock, Req, Res
 from services.resilience.errors import DeadlineExceeded, Reason, Refused
@@ -41,6 +42,8 @@ class Coalescer(Generic[Req, Res]):
         self._run, self._limits, self._clock = run, limits, clock
         self._waiting: deque[tuple[Call[Req], asyncio.Future[Res]]] = deque()
         self._workers: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Task[None], list[tuple[Call[Req], asyncio.Future[Res]]]] = {}
+        self._abandoned: set[asyncio.Task[None]] = set()
         self._in_flight = 0
         self.batches = 0
         self.members = 0
@@ -64,6 +67,25 @@ class Coalescer(Generic[Req, Res]):
         if self._in_flight < self._limits.max_in_flight:
             self._start()
         return answer
+
+    async def ask(self, call: Call[Req]) -> Res:
+        """The answer to `call`, or DeadlineExceeded at its deadline.
+
+        Whoever waits may be cancelled: the place in the queue is given back, and a batch in flight that nobody
+        waits for any more is cancelled with it.
+        """
+        answer = self.submit(call)
+        timer = None
+        if call.caller.deadline != math.inf:
+            timer = asyncio.get_running_loop().call_later(call.caller.remaining_s(self._clock()), _give_up, answer)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._abandon()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     async def drain(self) -> None:
         """Returns when nothing waits and nothing is under way."""
@@ -102,6 +124,8 @@ class Coalescer(Generic[Req, Res]):
 
     async def _settle(self, batch: list[tuple[Call[Req], asyncio.Future[Res]]]) -> None:
         answers: Sequence[Res | Exception]
+        worker = cast("asyncio.Task[None]", asyncio.current_task())
+        self._under_way[worker] = batch
         try:
             answers = await self._run([call for call, _ in batch])
             if len(answers) != len(batch):
@@ -111,7 +135,14 @@ class Coalescer(Generic[Req, Res]):
         except BaseException:  # we are being cancelled: so are those who wait for us
             for _, reply in batch:
                 reply.cancel()
-            raise
+            if worker not in self._abandoned or worker.cancelling() > 1:
+                raise
+            return  # only this batch was given up; those who wait behind it are still to be served
+        finally:
+            del self._under_way[worker]
+            if worker in self._abandoned:
+                self._abandoned.discard(worker)
+                worker.uncancel()
         for (_, reply), answer in zip(batch, answers, strict=True):
             if reply.done():  # its caller went away while the batch was in flight; the others still get theirs
                 continue
@@ -120,5 +151,17 @@ class Coalescer(Generic[Req, Res]):
             else:
                 reply.set_result(answer)
 
+    def _abandon(self) -> None:
+        """Cancels every batch in flight whose members all went away."""
+        for worker, batch in self._under_way.items():
+            if worker not in self._abandoned and all(reply.done() for _, reply in batch):
+                self._abandoned.add(worker)
+                worker.cancel()
+
     def _forget_the_cancelled(self) -> None:
         self._waiting = deque(entry for entry in self._waiting if not entry[1].done())
+
+
+def _give_up(answer: asyncio.Future[Res]) -> None:
+    if not answer.done():
+        answer.set_exception(DeadlineExceeded("the deadline passed before the answer came"))
