@@ -65,8 +65,7 @@ class Stack:
 def requests(home: Path) -> list[bytes]:
     """Held-out flights as the wire has them, all asked for at the moment whose features are in the store."""
     return [
-        request_of(flight, as_of_us=BASE_MOMENT_US).SerializeToString()
-        for flight in replay.board(home, 500).flights
+        request_of(flight, as_of_us=BASE_MOMENT_US).SerializeToString() for flight in replay.board(home, 500).flights
     ]
 
 

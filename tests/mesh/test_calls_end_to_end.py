@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
-from deploy.local.predict import request_for
+from deploy.flights.ask import request_of
 from tenfold.common.v1.call_pb2 import Reason
 from tenfold.inference.v2 import inference_pb2, inference_pb2_grpc
 from tenfold.router.v1 import router_pb2, router_pb2_grpc
@@ -32,7 +32,7 @@ end by their deadlines at all, not how fast this machine is."""
 
 @pytest.fixture(scope="module")
 def channel(stack: Stack) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(stack.status()["ingress"]) as channel:
+    with grpc.insecure_channel(stack.state.topology.ingress) as channel:
         yield channel
 
 
@@ -44,7 +44,7 @@ def router(channel: grpc.Channel) -> router_pb2_grpc.RouterServiceStub:
 @contextmanager
 def frozen(stack: Stack, *replicas: str) -> Iterator[None]:
     """The processes hang as if their machine did: connections stay open, nothing is answered."""
-    pids = [stack.process_of(replica)["pid"] for replica in replicas]
+    pids = [stack.row(replica).pid for replica in replicas]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -59,7 +59,7 @@ def whole(stack: Stack, router: router_pb2_grpc.RouterServiceStub, flight: Any) 
 
     def not_degraded() -> bool:
         try:
-            answer = router.Predict(request_for(flight), timeout=2, metadata=CRITICAL)
+            answer = router.Predict(request_of(flight), timeout=2, metadata=CRITICAL)
         except grpc.RpcError:
             return False
         return not answer.HasField("degradation")
@@ -72,7 +72,7 @@ def test_a_callee_that_hangs_costs_quality_and_not_the_deadline(
     stack: Stack, router: router_pb2_grpc.RouterServiceStub, flight: Any, replica: str
 ) -> None:
     with frozen(stack, replica):
-        answer = router.Predict(request_for(flight), timeout=1.0, metadata=CRITICAL)
+        answer = router.Predict(request_of(flight), timeout=1.0, metadata=CRITICAL)
     assert answer.HasField("degradation")
     assert answer.degradation.reason != Reason.REASON_UNSPECIFIED
     assert answer.outputs[0].values
@@ -86,7 +86,7 @@ def test_a_router_that_hangs_is_passed_over_by_the_gateway(
 
         def answered_by_fallback() -> bool:
             try:
-                answer = router.Predict(request_for(flight), timeout=1.0, metadata=CRITICAL)
+                answer = router.Predict(request_of(flight), timeout=1.0, metadata=CRITICAL)
             except grpc.RpcError as error:  # until the health check has noticed
                 assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # noqa: PT017 - nothing else may happen
                 return False
@@ -102,7 +102,7 @@ def test_the_deadline_ends_a_call_that_nobody_can_answer(
     with frozen(stack, "inference-0", "fallback-0"):
         began = time.monotonic()
         with pytest.raises(grpc.RpcError) as ended:
-            router.Predict(request_for(flight), timeout=0.5, metadata=CRITICAL)
+            router.Predict(request_of(flight), timeout=0.5, metadata=CRITICAL)
         took_s = time.monotonic() - began
     assert ended.value.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
     assert took_s < 0.5 + SLACK_S
@@ -111,7 +111,7 @@ def test_the_deadline_ends_a_call_that_nobody_can_answer(
 
 def active(stack: Stack) -> dict[str, int]:
     """Calls that the gateway has under way, by where: the ingress, the egress, and each cluster behind them."""
-    address = stack.status()["admin"]
+    address = stack.state.topology.admin
     with urllib.request.urlopen(f"http://{address}/stats?filter=rq_active$", timeout=5) as page:
         text = page.read().decode()
     found = re.findall(r"^(\S+)\.\w*rq_active: (\d+)$", text, re.MULTILINE)
@@ -123,7 +123,7 @@ def test_a_call_that_its_client_cancels_is_cancelled_everywhere(
 ) -> None:
     stack.wait("nothing is under way", lambda: not active(stack))
     with frozen(stack, "feature-0"):
-        call = router.Predict.future(request_for(flight), timeout=60, metadata=CRITICAL)
+        call = router.Predict.future(request_of(flight), timeout=60, metadata=CRITICAL)
         stack.wait(
             "the call has reached the feature service", lambda: any("feature" in where for where in active(stack))
         )
@@ -152,7 +152,7 @@ def test_bad_input_is_named_and_is_nobodys_failure(
     code: grpc.StatusCode,
     message: str,
 ) -> None:
-    request = request_for(flight)
+    request = request_of(flight)
     request.MergeFrom(router_pb2.PredictRequest(**change))
     if change.get("model") == "":
         request.ClearField("model")
@@ -160,7 +160,7 @@ def test_bad_input_is_named_and_is_nobodys_failure(
         router.Predict(request, timeout=2, metadata=CRITICAL)
     assert refused.value.code() is code
     assert message in refused.value.details()
-    assert not router.Predict(request_for(flight), timeout=2, metadata=CRITICAL).HasField("degradation")
+    assert not router.Predict(request_of(flight), timeout=2, metadata=CRITICAL).HasField("degradation")
 
 
 def test_kserve_clients_reach_the_models_through_the_same_gateway(channel: grpc.Channel) -> None:
