@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import random
@@ -37,8 +38,8 @@ from tenfold.common.v1.call_pb2 import Reason
 from tenfold.router.v1.router_pb2 import PredictResponse
 
 METHOD = "/tenfold.router.v1.RouterService/Predict"
-FLIGHTS, FLIGHTS_WITH_A_FAULT, RATE = 500, 150, 40.0
-KILL_AT = 30  # the flight of the second part before which inference is killed
+FLIGHTS, FLIGHTS_WITH_A_FAULT, RATE = 500, 240, 40.0
+KILL_AT = 40  # the flight of the second part before which inference is killed
 TIMEOUT_S = 1.0
 TRACE_WITHIN_S = 5.0
 MIX = ("critical",) * 3 + ("standard",) * 4 + ("background",) * 3
@@ -47,9 +48,13 @@ MIX = ("critical",) * 3 + ("standard",) * 4 + ("background",) * 3
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What became of one flight. probability: NaN where it failed. failure: the status's name, empty for none."""
+    """What became of one flight, and when.
+
+    probability: NaN where it failed. failure: the status's name, empty for none. at_s: on the clock of perf_counter.
+    """
 
     label: int
+    at_s: float
     latency_s: float
     probability: float = math.nan
     tier: str = ""
@@ -90,14 +95,20 @@ async def _demonstrate(home: Path, state: State, console: Console) -> int:
         console.print("\n[bold]Flights of November and December 2013, which no model saw[/bold]")
         calm = await _fly(board, range(FLIGHTS), channel, store)
         _print_summary(console, calm)
+        _print_worth(console, home)
         await _print_trace(console, state, board.flights[FLIGHTS - 1], channel)
 
         console.print("\n[bold]kill -9 of the only inference process, while flights go on[/bold]")
         second = range(FLIGHTS, FLIGHTS + FLIGHTS_WITH_A_FAULT)
-        faulted = await _fly(
-            board, second, channel, store, before={FLIGHTS + KILL_AT: lambda: _kill(state, "inference-0")}
-        )
-        _print_fault(console, faulted)
+        killed_at = math.nan
+
+        def kill() -> None:
+            nonlocal killed_at
+            _kill(state, "inference-0")
+            killed_at = time.perf_counter()
+
+        faulted = await _fly(board, second, channel, store, before={FLIGHTS + KILL_AT: kill})
+        _print_fault(console, faulted, killed_at)
     failed = [answer for answer in (*calm, *faulted) if answer.failure]
     return 1 if failed or any(answer.degraded for answer in calm) else 0
 
@@ -149,12 +160,14 @@ async def _ask(channel: Channel, flight: replay.Flight, priority: str, tracepare
     try:
         reply = PredictResponse.FromString(await channel.unary(METHOD, body, timeout_s=TIMEOUT_S, metadata=metadata))
     except CalleeError as error:
-        return Answered(flight.label, time.perf_counter() - began, failure=error.code.name)
-    took_s = time.perf_counter() - began
+        now = time.perf_counter()
+        return Answered(flight.label, now, now - began, failure=error.code.name)
+    now = time.perf_counter()
     degraded = reply.HasField("degradation")
     return Answered(
         label=flight.label,
-        latency_s=took_s,
+        at_s=now,
+        latency_s=now - began,
         probability=reply.outputs[0].values[0],
         tier=reply.served_by.tier,
         cost_usd=reply.cost_usd,
@@ -188,6 +201,13 @@ def _print_summary(console: Console, answers: Sequence[Answered]) -> None:
     degraded = sum(bool(answer.degraded) for answer in answers)
     failed = sum(bool(answer.failure) for answer in answers)
     console.print(f"answered {len(answers) - failed} of {len(answers)}, degraded {degraded}, failed {failed}")
+
+
+def _print_worth(console: Console, home: Path) -> None:
+    """What the tiers are worth on every flight of the two months: 500 are few to judge a model by."""
+    judged = json.loads((home / "flights" / "evaluation.json").read_text())
+    tiers = ", ".join(f"{name} {tier['auc']:.3f}" for name, tier in judged["tiers"].items())
+    console.print(f"AUC on all {judged['test_flights']:,} flights of these months: {tiers}", highlight=False)
 
 
 def _add_row(table: Table, name: str, answers: Sequence[Answered], of: int) -> None:
@@ -233,7 +253,7 @@ def _kill(state: State, name: str) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def _print_fault(console: Console, answers: Sequence[Answered]) -> None:
+def _print_fault(console: Console, answers: Sequence[Answered], killed_at: float) -> None:
     table = Table(box=None, padding=(0, 3, 0, 0))
     for name in ("answered by", "reason", "answers", "AUC", "P99"):
         table.add_column(name, justify="left" if name in ("answered by", "reason") else "right")
@@ -245,7 +265,8 @@ def _print_fault(console: Console, answers: Sequence[Answered]) -> None:
     console.print(table)
     degraded = sum(bool(answer.degraded) for answer in answers)
     failed = sum(bool(answer.failure) for answer in answers)
+    mended_s = max((a.at_s - killed_at for a in answers if a.degraded or a.failure), default=0.0)
     console.print(
         f"answered {len(answers) - failed} of {len(answers)}: {degraded} degraded and marked so, {failed} failed; "
-        f"the supervisor has started inference again"
+        f"the last of them {mended_s:.1f} s after the kill"
     )
