@@ -6,15 +6,16 @@ STAMP  := $(VENV)/.installed
 SOURCES := deploy gateway loadtest services tests hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench constraints clean
 
 help:  ## what each target does
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(shell find protos -name '*.proto')
 	@echo "==> setting up $(VENV) (once; about half a minute)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@# without pip in it: some systems package ensurepip apart from Python
+	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
+	@test -x $(BIN)/uv || $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
@@ -38,6 +39,10 @@ format: $(STAMP)  ## rewrite the sources in the house format
 
 bench: $(STAMP)  ## what a request costs, process by process
 	@$(BIN)/python -m loadtest.bench.mesh
+
+constraints: $(STAMP)  ## pin the newest releases that pyproject.toml allows: names and versions, no addresses
+	$(BIN)/uv pip compile --quiet --upgrade --all-extras --python-version 3.11 --no-header --no-annotate \
+		--no-emit-index-url pyproject.toml deploy/build-requirements.txt --output-file constraints.txt
 
 clean:  ## remove the environment, the demonstration's artefacts and every cache
 	rm -rf $(VENV) .tenfold .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -256,8 +256,10 @@ async def test_members_of_a_batch_answer_or_fail_each_for_itself(mesh: Mesh) -> 
 
 async def test_a_replay_asks_for_features_as_of_then_and_a_live_request_beside_it_as_of_now(one: Mesh) -> None:
     one.feature.mood.open.clear()
-    blocked = [asyncio.ensure_future(one.predict(ask())) for _ in range(2)]
-    await eventually(lambda: one.feature.mood.calls == 2)
+    blocked = []
+    for calls in (1, 2):  # one after the other: side by side they might travel as one batch
+        blocked.append(asyncio.ensure_future(one.predict(ask())))
+        await eventually(lambda calls=calls: one.feature.mood.calls == calls)
     both = [asyncio.ensure_future(one.predict(ask(as_of_us=as_of))) for as_of in (1_384_000_000_000_000, 0)]
     await eventually(lambda: len(one.predictor.features) == 2)
     one.feature.mood.open.set()

@@ -36,12 +36,12 @@ def test_every_service_has_as_many_processes_as_the_mesh_file_says(tmp_path: Pat
 
 
 def test_a_service_is_told_where_it_is_and_what_it_needs(tmp_path: Path) -> None:
-    found = planned(mesh(inference='transport = "native"'), tmp_path)
+    found = planned(mesh(), tmp_path)
     inference, feature, fallback = (found[f"{name}-0"].environ for name in ("inference", "feature", "fallback"))
     assert inference["TENFOLD_TRANSPORT"] == "native"
     assert inference["TENFOLD_MODELS"] == str(tmp_path / "flights/models")
     assert inference["TENFOLD_LISTEN"] == "unix:/tmp/tf-x/inference-0.sock"
-    assert feature["TENFOLD_TRANSPORT"] == "grpcio"
+    assert fallback["TENFOLD_TRANSPORT"] == "grpcio"
     assert feature["TENFOLD_STORE"] == "unix:///tmp/tf-x/valkey.sock"
     assert fallback["TENFOLD_ARTEFACTS"] == str(tmp_path / "flights")
     assert all(environ["TENFOLD_DIE_WITH_PARENT"] == "1" for environ in (inference, feature, fallback))
