@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+MAX_TTL_S = 1e10  # three centuries; moments that far away still fit into 64 bits of microseconds
+
 
 @dataclass(frozen=True, slots=True)
 class ViewSchema:
@@ -28,6 +30,8 @@ class ViewSchema:
             raise ValueError(f"view {self.name!r} must have at least 1 column, got 0")
         if len(set(self.columns)) != len(self.columns):
             raise ValueError(f"view {self.name!r} must not repeat a column, got {list(self.columns)}")
+        if not 0 <= self.ttl_s <= MAX_TTL_S:
+            raise ValueError(f"view {self.name!r} must have a ttl_s from 0 to {MAX_TTL_S:g}, got {self.ttl_s}")
         text = "\n".join(("tenfold.view.1", self.name, self.entity, *self.columns))
         digest = hashlib.sha256(text.encode()).digest()
         object.__setattr__(self, "schema_hash", int.from_bytes(digest[:8], "little"))

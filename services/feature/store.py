@@ -173,7 +173,8 @@ class OnlineStore:
             except (ValueError, msgspec.DecodeError) as error:
                 if text not in self._unreadable_views:
                     self._unreadable_views.add(text)
-                    log.warning("published view unreadable", extra={"view": name.decode(), "reason": str(error)})
+                    extra = {"view": name.decode(errors="replace"), "reason": str(error)}
+                    log.warning("published view unreadable", extra=extra)
                 continue
             found.append(view)
         return sorted(found, key=lambda view: view.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,8 @@ def _found(folder: Path) -> Found | None:
     try:
         status = path.stat()
     except OSError:  # not there yet: whoever copies it may have made only the folder
+        return None
+    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever, and no other model would be loaded
         return None
     return Found(int(folder.name), path, (status.st_mtime_ns, status.st_size))
 

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from services.inference.repository import Model, Repository
@@ -16,7 +17,8 @@ from services.inference.runner import Share, Total
 from services.inference.tensors import Inputs, TensorSpec, stream_answer
 from services.mesh import attributes
 from services.mesh.context import caller_of, is_sampled
-from services.mesh.serve import Offer, unary
+from services.mesh.errors import ending_of
+from services.mesh.serve import Offer, unary, unreadable
 from services.mesh.telemetry import NO_TRACING, Tracing
 from services.resilience.call import Call, Caller, Priority
 from services.resilience.errors import CallError, NotFound
@@ -110,15 +112,24 @@ class InferenceService:
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Any
     ) -> AsyncIterator[bytes]:
         """Answers in order; one that fails ends with its message, and the stream goes on."""
-        async for request in requests:
-            _drop_what_the_gateway_decided(request, context)
-            try:
-                yield stream_answer(await self._answer(request, caller_of(context)))
-            except CallError as error:
-                failed = pb.ModelInferResponse(
-                    model_name=request.model_name, model_version=request.model_version, id=request.id
-                )
-                yield pb.ModelStreamInferResponse(error_message=str(error), infer_response=failed).SerializeToString()
+        try:
+            async for request in requests:
+                yield await self._stream_answer(request, context)
+        except DecodeError as error:
+            ending = ending_of(unreadable(error))
+            await context.abort(ending.code, ending.message, ending.trailers)
+
+    async def _stream_answer(self, request: pb.ModelInferRequest, context: Any) -> bytes:
+        """A serialized ModelStreamInferResponse."""
+        _drop_what_the_gateway_decided(request, context)
+        try:
+            return stream_answer(await self._answer(request, caller_of(context)))
+        except CallError as error:
+            failed = pb.ModelInferResponse(
+                model_name=request.model_name, model_version=request.model_version, id=request.id
+            )
+            answer = pb.ModelStreamInferResponse(error_message=ending_of(error).message, infer_response=failed)
+            return bytes(answer.SerializeToString())
 
     async def _answer(self, request: pb.ModelInferRequest, caller: Caller) -> bytes:
         model = self._repository.find(request.model_name, request.model_version)

@@ -12,6 +12,8 @@ from services.resilience.call import Caller, Priority
 
 Metadata = tuple[tuple[str, str], ...]
 
+MAX_LABEL_CHARS = 256  # of a tenant, a cohort and a traceparent: every hop pays for each of them
+
 
 class ServerContext(Protocol):
     """The part of grpc.aio.ServicerContext that both transports have and we use."""
@@ -29,9 +31,9 @@ def caller_of(context: ServerContext) -> Caller:
     return Caller(
         priority=Priority.parse(_text(metadata.get(attributes.PRIORITY))),
         deadline=deadline,
-        tenant=_text(metadata.get(attributes.TENANT)) or "public",
-        cohort=_text(metadata.get(attributes.COHORT)) or "",
-        traceparent=_text(metadata.get(attributes.TRACEPARENT)) or "",
+        tenant=_label(metadata.get(attributes.TENANT)) or "public",
+        cohort=_label(metadata.get(attributes.COHORT)),
+        traceparent=_label(metadata.get(attributes.TRACEPARENT)),
         degraded_reason=_text(metadata.get(attributes.DEGRADED_REASON)) or "",
     )
 
@@ -70,6 +72,17 @@ def on_behalf_of(callers: Iterable[Caller]) -> Caller:
 def is_sampled(traceparent: str) -> bool:
     """Whether W3C trace context says that this trace is recorded: bit 0 of its last byte."""
     return len(traceparent) == 55 and traceparent[-1] in "13579bdf"
+
+
+def _label(value: str | bytes | None) -> str:
+    """What can be sent on with further calls; anything else counts as not said.
+
+    Calls share what they are sent with: a value that cannot travel would fail those of others.
+    """
+    if not value:
+        return ""
+    text = (_text(value) or "").strip()
+    return text if len(text) <= MAX_LABEL_CHARS and text.isascii() and text.isprintable() else ""
 
 
 def _text(value: str | bytes | None) -> str | None:

@@ -28,6 +28,12 @@ from services.resilience.errors import (
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAILS_KEY = "grpc-status-details-bin"
 
+# A status travels as trailers. Clients refuse more than 8 KiB of them, and a proxy that is sent too many ends the
+# connection and every other call on it. So what quotes a request is cut; both may grow to three bytes for each of
+# text and four for three of details.
+_MOST_MESSAGE_BYTES = 1024
+_MOST_DETAILS_BYTES = 1536
+
 
 class CalleeError(CallError):
     """A call to another service ended with a status other than OK.
@@ -74,7 +80,7 @@ class Ending(NamedTuple):
 
 def ending_of(error: CallError) -> Ending:
     """The status of each of our errors."""
-    message = str(error)
+    message = _cut(str(error), _MOST_MESSAGE_BYTES)
     match error:
         case Refused():
             pushback = -1 if error.retry_after_s < 0 else math.ceil(error.retry_after_s * 1000)
@@ -84,7 +90,7 @@ def ending_of(error: CallError) -> Ending:
             late = ((attributes.SHED_REASON, Reason.DEADLINE.label),)
             return Ending(grpc.StatusCode.DEADLINE_EXCEEDED, message, late, Reason.DEADLINE)
         case BadInput():
-            details = ((_DETAILS_KEY, _bad_request(error)),)
+            details = ((_DETAILS_KEY, _bad_request(error, message)),)
             return Ending(grpc.StatusCode.INVALID_ARGUMENT, message, details, Reason.UNSPECIFIED)
         case NotFound():
             return Ending(grpc.StatusCode.NOT_FOUND, message, (), Reason.UNSPECIFIED)
@@ -118,16 +124,24 @@ def callee_error(callee: str, code: grpc.StatusCode | int, message: str | None, 
     return CalleeError(callee, known, message or "", Reason.parse(reason))
 
 
-def _bad_request(error: BadInput) -> bytes:
-    """google.rpc.Status with the field violations, as grpc-status-details-bin carries it."""
+def _bad_request(error: BadInput, message: str) -> bytes:
+    """google.rpc.Status with the field violations, as grpc-status-details-bin carries it: as many as have room."""
+    found = error_details_pb2.BadRequest()
+    left = _MOST_DETAILS_BYTES
+    for violation in error.violations:
+        field, description = _cut(violation.field, _MOST_DETAILS_BYTES // 4), _cut(violation.description, left)
+        left -= len(field.encode()) + len(description.encode())
+        if left < 0:
+            break
+        found.field_violations.add(field=field, description=description)
     detail = any_pb2.Any()
-    detail.Pack(
-        error_details_pb2.BadRequest(
-            field_violations=[
-                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-                for v in error.violations
-            ]
-        )
-    )
-    status = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message=str(error), details=[detail])
+    detail.Pack(found)
+    status = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message=message, details=[detail])
     return bytes(status.SerializeToString())
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    """`text`, or its beginning where it is longer than `most_bytes` of UTF-8."""
+    if 4 * len(text) <= most_bytes or len(encoded := text.encode()) <= most_bytes:
+        return text
+    return encoded[: max(0, most_bytes - 3)].decode(errors="ignore") + "..."

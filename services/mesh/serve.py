@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -31,7 +32,7 @@ from services.mesh.errors import ending_of
 from services.mesh.settings import ServiceSettings
 from services.mesh.telemetry import NO_TRACING, Tracing
 from services.resilience.call import Call
-from services.resilience.errors import CallError
+from services.resilience.errors import BadInput, CallError, Violation
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +135,10 @@ class Server:
         self._health = health.aio.HealthServicer()
         # reflection and channelz of the native transport run on grpcio behind it
         self._server = _new_server(transport)
+        careful: Any = _Careful(self._server)
         for offer in self._offers:
-            offer.add(offer.servicer, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+            offer.add(offer.servicer, careful)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, careful)
         reflection.enable_server_reflection([*self.names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         channelz.add_channelz_servicer(self._server)
         if streams := _streams_of(self._server):
@@ -177,6 +179,63 @@ def _new_server(transport: str) -> Any:
         else:
             return native.server(threads, options=list(_OPTIONS))
     return grpc.aio.server(threads, options=[*_OPTIONS, *_GRPCIO_OPTIONS])
+
+
+class _Careful:
+    """What servicers are added to in place of their server, so that a message which is none is the caller's fault.
+
+    Both transports would call it theirs, INTERNAL or UNKNOWN, and log a traceback for it.
+    """
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        self._server.add_generic_rpc_handlers(tuple(_CarefulMethods(methods) for methods in handlers))
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        careful = {method: _careful(handler) for method, handler in handlers.items()}
+        self._server.add_registered_method_handlers(service, careful)
+
+
+class _CarefulMethods(grpc.GenericRpcHandler):
+    """The same methods, each made careful when it is first called."""
+
+    def __init__(self, methods: grpc.GenericRpcHandler) -> None:
+        self._methods = methods
+        self._careful: dict[str, Any] = {}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        path = handler_call_details.method
+        if path not in self._careful and (handler := self._methods.service(handler_call_details)) is not None:
+            self._careful[path] = _careful(handler)
+        return self._careful.get(path)
+
+
+def _careful(handler: Any) -> Any:
+    """The handler of a unary method, answering INVALID_ARGUMENT to what cannot be decoded."""
+    decode, serve_one = handler.request_deserializer, handler.unary_unary
+    if serve_one is None or decode is None:
+        return handler
+
+    def decode_or_tell(message: bytes) -> Any:
+        try:
+            return decode(message)
+        except DecodeError as error:
+            return error
+
+    @functools.wraps(serve_one)
+    async def serve_decoded(request: Any, context: Any) -> Any:
+        if isinstance(request, DecodeError):
+            ending = ending_of(unreadable(request))
+            await context.abort(ending.code, ending.message, ending.trailers)
+        return await serve_one(request, context)
+
+    return handler._replace(request_deserializer=decode_or_tell, unary_unary=serve_decoded)
+
+
+def unreadable(error: DecodeError) -> BadInput:
+    return BadInput(Violation("request", f"must be a serialized message of this method: {error}"))
 
 
 class _Streams(grpc.GenericRpcHandler):

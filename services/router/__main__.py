@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 
-from services.mesh import meshfile
 from services.mesh.channels import open_channel
-from services.mesh.logs import log_to_stderr
-from services.mesh.serve import Offer, die_with_parent, serve
-from services.mesh.settings import SettingsError, from_env
+from services.mesh.meshfile import MeshFile
+from services.mesh.process import main
+from services.mesh.serve import Offer, serve
 from services.mesh.telemetry import Tracing
 from services.router.callees import Network
 from services.router.predict import Predictor
@@ -20,7 +18,7 @@ from services.router.settings import RouterSettings
 from tenfold.router.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 
 
-async def run(settings: RouterSettings, mesh: meshfile.MeshFile) -> None:
+async def run(settings: RouterSettings, mesh: MeshFile) -> None:
     """Serves until told to stop."""
     channel = open_channel(settings.egress, settings.channel)
     tracing = Tracing.to(settings.otlp, "router", settings.instance)
@@ -43,19 +41,5 @@ async def run(settings: RouterSettings, mesh: meshfile.MeshFile) -> None:
         tracing.close()
 
 
-def main() -> int:
-    try:
-        settings = from_env(RouterSettings)
-        mesh = meshfile.load(settings.mesh_file)
-    except (SettingsError, meshfile.MeshFileError) as error:
-        sys.stderr.write(f"services.router: {error}\n")
-        return 2
-    log_to_stderr(settings.instance)
-    if os.environ.get("TENFOLD_DIE_WITH_PARENT") == "1":
-        die_with_parent()
-    asyncio.run(run(settings, mesh))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("services.router", RouterSettings, run))

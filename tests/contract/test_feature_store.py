@@ -280,8 +280,11 @@ async def test_a_view_that_cannot_be_read_does_not_take_the_others_with_it(valke
         text = (await client.call("HGET", "tf:test:views", "route", timeout_s=LONG_S)).decode()
         await client.call("HSET", "tf:test:views", "torn", text[:20], timeout_s=LONG_S)
         await client.call("HSET", "tf:test:views", "lying", text.replace("flights_28d", "x"), timeout_s=LONG_S)
+        await client.call("HSET", "tf:test:views", b"\xff", b"\xff", timeout_s=LONG_S)
+        ageless = text.replace('"ttl_s":', '"ttl_s":1e305,"was":')
+        await client.call("HSET", "tf:test:views", "ageless", ageless, timeout_s=LONG_S)
         for _ in range(2):
             assert [view.name for view in await store.views()] == ["route"]
         assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
             "published view unreadable"
-        ] * 2
+        ] * 4

@@ -20,6 +20,7 @@ from google.rpc import error_details_pb2, status_pb2
 from services.inference.batcher import Limits
 from services.inference.onnx import OnnxRuntime
 from services.inference.repository import Repository
+from services.inference.service import NAME as SERVICE
 from services.inference.service import InferenceService, offer
 from services.mesh.serve import Server
 from tenfold.inference.v2 import inference_pb2 as pb
@@ -66,8 +67,9 @@ def write(root: Path, name: str, text: str, version: int = 1, **properties: str)
 class Client:
     """A served repository and a stub that calls it."""
 
-    def __init__(self, root: Path, repository: Repository, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
-        self.root, self.repository, self.stub = root, repository, stub
+    def __init__(self, root: Path, repository: Repository, channel: grpc.aio.Channel) -> None:
+        self.root, self.repository, self.channel = root, repository, channel
+        self.stub: pb_grpc.GRPCInferenceServiceAsyncStub = pb_grpc.GRPCInferenceServiceStub(channel)
 
     async def statistics(self, name: str) -> pb.ModelStatistics:
         return (await self.stub.ModelStatistics(pb.ModelStatisticsRequest(name=name))).model_stats[0]
@@ -88,7 +90,7 @@ async def serving(transport: str, root: Path, limits: Limits) -> AsyncIterator[C
     await server.ready()
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Client(root, repository, pb_grpc.GRPCInferenceServiceStub(channel))
+            yield Client(root, repository, channel)
     finally:
         await server.stop(lame_duck_s=0, grace_s=1)
         await repository.close()
@@ -337,6 +339,26 @@ async def test_a_stream_answers_each_request_and_survives_a_bad_one(client: Clie
     assert [bool(answer.error_message) for answer in answers] == [False, True, False]
     assert "features.datatype" in answers[1].error_message
     assert answers[0].infer_response.raw_output_contents == answers[2].infer_response.raw_output_contents
+
+
+async def test_bytes_that_are_no_message_are_the_callers_fault(client: Client) -> None:
+    unary = client.channel.unary_unary(f"/{SERVICE}/ModelInfer")
+    stream = client.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")
+    with pytest.raises(grpc.aio.AioRpcError, match=r"inference\.ModelInferRequest") as refused:
+        await unary(b"\x0a\xff", timeout=20)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.aio.AioRpcError, match=r"inference\.ModelInferRequest") as ended:
+        [answer async for answer in stream(iter([b"\x0a\xff"]), timeout=20)]
+    assert ended.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_refusal_that_quotes_a_megabyte_still_arrives(client: Client) -> None:
+    request = infer("mlp", ("features", "FP32", X))
+    request.inputs[0].datatype = "F" * 1_000_000
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await client.stub.ModelInfer(request)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (refused.value.details() or "").startswith("features.datatype: must be FP32, got 'FFF")
 
 
 async def test_calls_that_queue_behind_a_run_share_the_next_ones(slow: Client) -> None:

@@ -170,6 +170,13 @@ async def test_bad_input_names_every_field(served: tuple[Client, Probe]) -> None
     ]
 
 
+async def test_bytes_that_are_no_message_are_the_callers_fault(served: tuple[Client, Probe]) -> None:
+    client, _ = served
+    error = await client.error("/grpc.health.v1.Health/Check", b"\x0a\xff")
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "grpc.health.v1.HealthCheckRequest" in (error.details() or "")
+
+
 async def test_a_handler_sees_who_calls_and_how_long_they_wait(served: tuple[Client, Probe]) -> None:
     client, _ = served
     traceparent = f"00-{'a' * 32}-{'b' * 16}-00"

@@ -205,6 +205,13 @@ def test_only_folders_named_like_a_model_and_a_version_are_looked_at(tmp_path: P
     }
 
 
+def test_only_a_plain_file_is_taken_for_a_model(tmp_path: Path) -> None:
+    (tmp_path / "m" / "1" / "model.onnx").mkdir(parents=True)
+    (tmp_path / "m" / "2").mkdir()
+    os.mkfifo(tmp_path / "m" / "2" / "model.onnx")
+    assert scan(tmp_path) == {"m": []}
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../m", "a/b", "/etc", "m\0", "m\n", "a" * 129])
 def test_a_name_that_leads_elsewhere_is_none(name: str) -> None:
     assert not is_name(name)

@@ -51,6 +51,16 @@ def test_an_unknown_priority_is_background(label: str | bytes) -> None:
     assert caller_of(Context(None, ("x-priority", label))).priority is Priority.BACKGROUND
 
 
+@pytest.mark.parametrize("label", ["x" * 257, "a\nb", "\u2708", b"\xff", "   "])
+def test_a_label_that_cannot_travel_counts_as_not_said(label: str | bytes) -> None:
+    names = ("x-tenant", "x-cohort", "traceparent")
+    assert caller_of(Context(None, *((name, label) for name in names))) == Caller()
+
+
+def test_spaces_around_a_label_are_none_of_its_own() -> None:
+    assert caller_of(Context(None, ("x-tenant", "  acme "))).tenant == "acme"
+
+
 def test_metadata_goes_on_as_it_came_less_the_deadline() -> None:
     caller = Caller(Priority.STANDARD, 17.0, "acme", "canary", SAMPLED)
     metadata = metadata_of(caller, ("x-shed-reason", "deadline"))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import cast
+from urllib.parse import quote
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
@@ -105,3 +108,29 @@ def test_a_callees_status_says_why_and_whether_it_shed(
 
 def test_an_unknown_code_counts_as_unknown() -> None:
     assert callee_error("/p.S/M", 4711, "?", ()).code is grpc.StatusCode.UNKNOWN
+
+
+@pytest.mark.parametrize("quoted", ["x" * 1_000_000, "\u2708" * 1_000_000])
+def test_a_status_fits_into_trailers_whatever_it_quotes(quoted: str) -> None:
+    errors = [
+        NotFound(quoted),
+        Refused(Reason.QUEUE_FULL, quoted),
+        Unavailable(quoted),
+        BadInput(Violation("model", quoted)),
+        BadInput(*(Violation(quoted, quoted) for _ in range(100))),
+    ]
+    for ending in map(ending_of, errors):
+        # as they travel: text percent-encoded, bytes in base64
+        sent = len(quote(ending.message, safe=" ")) + sum(4 * len(value) // 3 for _, value in ending.trailers)
+        assert sent <= 8_000
+        assert quoted[:300] in ending.message
+
+
+def test_as_many_violations_are_told_as_have_room() -> None:
+    ending = ending_of(BadInput(*(Violation(f"inputs[{at}].name", "must be one of a, b") for at in range(10_000))))
+    status = status_pb2.Status.FromString(cast(bytes, dict(ending.trailers)["grpc-status-details-bin"]))
+    bad_request = error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(bad_request)
+    assert 10 < len(bad_request.field_violations) < 100
+    assert bad_request.field_violations[0].field == "inputs[0].name"
+    assert status.message == ending.message
