@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.addresses import Config, listener_address
-from gateway.clusters import HTTP2
+from gateway.clusters import HTTP2, ROUTER
 from gateway.routes import egress_routes, header, ingress_routes
 from gateway.topology import Topology
 from gateway.tracing import tracing
@@ -22,7 +22,7 @@ _EARLY = "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderM
 
 def ingress(mesh: MeshFile, topology: Topology) -> Config:
     """The listener that clients call."""
-    manager = _manager("ingress", ingress_routes(mesh)) | {
+    manager = _manager("ingress", ingress_routes(mesh, len(topology.replicas[ROUTER]))) | {
         "early_header_mutation_extensions": [_CLIENTS_MAY_NOT],
         # the trace id decides what is sampled; a request id would only be one more header
         "request_id_extension": {

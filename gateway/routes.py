@@ -17,10 +17,10 @@ FALLBACK_SERVICE = "/tenfold.fallback.v1.FallbackService/"
 STREAMS = f"{INFERENCE_SERVICE}ModelStreamInfer"
 
 
-def ingress_routes(mesh: MeshFile) -> Config:
-    """envoy.config.route.v3.RouteConfiguration for calls from clients."""
+def ingress_routes(mesh: MeshFile, routers: int) -> Config:
+    """envoy.config.route.v3.RouteConfiguration for calls from clients. routers: how many there are."""
     default_ms = math.ceil(mesh.gateway.default_timeout_ms)
-    failover = _retried(mesh.gateway.retries, failover=True)
+    failover = _retried(mesh.gateway.retries, failover_after=min(routers, 2))
     retried = _retried(mesh.gateway.retries)
     return _routes(
         "ingress",
@@ -93,24 +93,25 @@ def _route(match: Config, cluster: str, retries: Config, default_ms: int | None 
     return route
 
 
-def _retried(retries: Retries, *, failover: bool = False) -> Config:
+def _retried(retries: Retries, *, failover_after: int = 0) -> Config:
     """What may be tried again: only calls that reached nobody, or whose callee says that it cannot serve.
 
     RESOURCE_EXHAUSTED is not among them: a shed that is retried at once is a storm.
-    failover: whether a further try asks the next level of the cluster.
+    failover_after: tries on the first level of the cluster before the next level is asked; 0 for never. With several
+    routers one that dies is made up for by another, and only then by fallback: a whole answer before a degraded one.
     """
     if retries.attempts == 1:
         return _ONCE
     policy: Config = {
         "retry_on": "connect-failure,refused-stream,reset,unavailable",
-        "num_retries": retries.attempts - 1,
+        "num_retries": max(retries.attempts - 1, failover_after),
         "retry_back_off": {"base_interval": "0.002s", "max_interval": "0.02s"},
         "retry_host_predicate": [_typed("envoy.retry_host_predicates.previous_hosts", _PREVIOUS_HOSTS)],
         "host_selection_retry_max_attempts": 16,  # of two replicas the same one is drawn this often once in 65,536
     }
-    if failover:
+    if failover_after:
         policy["retry_priority"] = _typed("envoy.retry_priorities.previous_priorities", _PREVIOUS_PRIORITIES)
-        policy["retry_priority"]["typed_config"]["update_frequency"] = 1
+        policy["retry_priority"]["typed_config"]["update_frequency"] = failover_after
     return {"retry_policy": policy}
 
 

@@ -5,6 +5,7 @@ Imports happen inside the commands: `tenfold --help` must not wait for gRPC.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,10 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Leave it running in the background.")] = False,
     tcp: Annotated[bool, typer.Option("--tcp", help="Services on loopback ports rather than Unix sockets.")] = False,
 ) -> None:
-    """Start the mesh, and keep it running until ^C: what dies is started again."""
+    """Start the mesh and keep it running until ^C.
+
+    What dies is started again.
+    """
     from deploy.local import terminal
     from deploy.local.up import Wanted
 
@@ -75,7 +79,7 @@ def down(
     stack: Stack = DEFAULT_STACK,
     now: Annotated[bool, typer.Option("--now", help="Without waiting for calls in flight.")] = False,
 ) -> None:
-    """Stop the mesh: calls in flight are answered, then everything ends in order."""
+    """Stop the mesh once calls in flight are answered."""
     from deploy.local import state
     from deploy.local.stop import kill, stop
 
@@ -91,7 +95,7 @@ def down(
 
 
 def status(stack: Stack = DEFAULT_STACK, json: Json = False) -> None:
-    """What runs, since when, how often it was restarted, what it takes, where it listens.
+    """What runs, how well, and where it listens.
 
     Exit status 0 where everything serves, 3 where something does not, 1 where no stack runs.
     """
@@ -141,13 +145,15 @@ def predict(
     labels = [known.label for known in Priority]
     if priority not in labels:
         raise typer.BadParameter(f"must be one of {', '.join(labels)}, got {priority!r}", param_hint="--priority")
+    if not math.isfinite(timeout_ms):
+        raise typer.BadParameter(f"must be finite, got {timeout_ms}", param_hint="--timeout-ms")
     with told():
         found = state.running(RunFolder.of(stack, home()))
         run(found, flight, Priority.parse(priority), timeout_ms, json_wanted=json)
 
 
 def demo(keep: Annotated[bool, typer.Option("--keep", help="Leave the mesh running at the end.")] = False) -> None:
-    """Predict 500 held-out flights, then lose a service and keep answering."""
+    """Predict 500 flights, lose a service, keep answering."""
     from deploy.flights import demo
 
     with told():
@@ -156,7 +162,10 @@ def demo(keep: Annotated[bool, typer.Option("--keep", help="Leave the mesh runni
 
 
 def prepare(mesh: Mesh = None) -> None:
-    """Make the artefacts that a mesh needs and that are not there yet: `up` does it too."""
+    """Make the artefacts that a mesh needs, as `up` does.
+
+    Those that are there already are kept.
+    """
     from deploy.local import terminal
     from deploy.local.up import prepare as prepare_artefacts
     from services.mesh import meshfile
@@ -166,7 +175,7 @@ def prepare(mesh: Mesh = None) -> None:
 
 
 def validate(file: Annotated[Path, typer.Argument(help="A mesh file.", dir_okay=False)]) -> None:
-    """Check a mesh file, and that the gateway accepts what follows from it."""
+    """Check a mesh file, and that the gateway accepts it."""
     from deploy.local.check import check
 
     with told():

@@ -84,6 +84,11 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
 
 
+def option(stack: str) -> str:
+    """What a command about this stack needs behind it, with the space before it."""
+    return "" if stack == DEFAULT_STACK else f" --stack {stack}"
+
+
 def make_sockets_folder() -> Path:
     """A short private folder: a Unix socket's path holds at most 107 bytes, and TENFOLD_HOME may be longer."""
     base = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - private: mkdtemp gives it mode 0700

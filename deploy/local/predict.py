@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from deploy.local.folders import option
 from deploy.local.state import StackError, State
 from services.mesh import attributes
 from services.mesh.context import Metadata
@@ -108,8 +109,8 @@ def as_json(found: Flight, answered: Answered) -> str:
     return json.dumps(told, indent=2)
 
 
-def as_text(found: Flight, answered: Answered) -> str:
-    """The same for a person."""
+def as_text(found: Flight, answered: Answered, stack: str) -> str:
+    """The same for a person. stack: where its trace is kept."""
     response, entities = answered.response, found.entities
     probability = next((output.values[0] for output in response.outputs if output.values), float("nan"))
     by = response.served_by
@@ -125,7 +126,7 @@ def as_text(found: Flight, answered: Answered) -> str:
         ("features", _features(response)),
         ("cost", f"${response.cost_usd * 1000:.4f} per 1,000"),
         ("took", f"{answered.took_ms:.1f} ms"),
-        ("trace", f"{answered.trace}  (tenfold traces show {answered.trace[:8]})"),
+        ("trace", f"{answered.trace}  (tenfold traces show {answered.trace[:8]}{option(stack)})"),
     ]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
@@ -172,4 +173,5 @@ def run(state: State, designator: str, priority: Priority, timeout_ms: float, *,
 
     found = flight(state, designator)
     answered = ask(state.topology.ingress, request_of(found), priority, timeout_ms)
-    sys.stdout.write((as_json if json_wanted else as_text)(found, answered) + "\n")
+    told = as_json(found, answered) if json_wanted else as_text(found, answered, state.stack)
+    sys.stdout.write(told + "\n")

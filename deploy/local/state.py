@@ -14,7 +14,7 @@ import msgspec
 import psutil
 from msgspec import Struct
 
-from deploy.local.folders import RunFolder, remove_sockets_folder
+from deploy.local.folders import RunFolder, option, remove_sockets_folder
 from gateway.topology import Topology
 
 
@@ -122,7 +122,9 @@ def running(run: RunFolder) -> State:
     """Raises StackError where the stack does not run."""
     state = read(run)
     if state is None or not state.alive:
-        raise StackError(f"no stack {run.stack!r} is running here ({run.path}); start it with `tenfold up`")
+        raise StackError(
+            f"no stack {run.stack!r} is running here ({run.path}); start it with `tenfold up{option(run.stack)}`"
+        )
     return state
 
 
@@ -150,7 +152,7 @@ def claimed(run: RunFolder) -> Iterator[None]:
             holder = state.supervisor or state.starter
             raise StackError(
                 f"stack {run.stack!r} runs already (process {holder.pid}, {state.topology.ingress}); "
-                "stop it with `tenfold down`, or give this one another name with --stack"
+                f"stop it with `tenfold down{option(run.stack)}`, or give this one another name with --stack"
             )
         clean_up(run)
         yield

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from deploy.local import health
 from deploy.local.control import Supervisor, kill_tree, wait_gone
@@ -28,10 +31,31 @@ def stop(run: RunFolder, state: State) -> None:
 
 def kill(run: RunFolder, state: State) -> None:
     """Ends everything now. Calls in flight are lost."""
-    if state.supervisor is not None:
-        kill_tree(state.supervisor)
-        wait_gone(state.supervisor, 5.0)
-    clean_up(run)
+    with _undisturbed():
+        if state.supervisor is not None:
+            kill_tree(state.supervisor)
+            wait_gone(state.supervisor, 5.0)
+        clean_up(run)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """^C and SIGTERM wait: a kill that was cut short would leave a stopped supervisor and whatever it holds.
+
+    Handlers rather than a mask: gRPC's threads would take a signal that only this one blocks.
+    """
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def drain(admin: str, within_s: float = DRAIN_WITHIN_S) -> bool:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.local import logs
-from deploy.local.folders import RunFolder
+from deploy.local.folders import RunFolder, option
 from deploy.local.state import StackError, State, clean_up
 from deploy.local.status import Row, rows
 from deploy.local.stop import kill, stop
@@ -56,13 +56,22 @@ def up(wanted: Wanted) -> int:
         try:
             with Progress() as progress:
                 running = bring_up(wanted, progress)
-            print_table(running.state, rows(running.state))
+            _print_first_table(running)
         except StopRequested:
             sys.stderr.write("tenfold: interrupted; nothing is left running\n")
             return INTERRUPTED
         if wanted.detach:
             return OK
         return _stay(running)
+
+
+def _print_first_table(running: Running) -> None:
+    """Whoever interrupts it takes back the whole command: also a detached stack ends."""
+    try:
+        print_table(running.state, rows(running.state))
+    except StopRequested:
+        kill(running.run, running.state)
+        raise
 
 
 def _stay(running: Running) -> int:
@@ -104,7 +113,7 @@ def _signals_raise() -> Iterator[None]:
 def print_table(state: State, processes: Sequence[Row]) -> None:
     """The table at the end of `tenfold up`."""
     print_status(state, processes)
-    example = "; try: tenfold predict --flight UA1216" if state.mesh == "flights" else ""
+    example = f"; try: tenfold predict --flight UA1216{option(state.stack)}" if state.mesh == "flights" else ""
     wide_console().print(f"call [bold]{state.topology.ingress}[/bold]{example}", highlight=False, soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,11 @@ def main() -> None:
     log_to_stderr(settings.instance)
     if settings.die_with_parent:
         die_with_parent()
-    asyncio.run(run(settings, keep))
+    try:
+        asyncio.run(run(settings, keep))
+    except sqlite3.Error as error:
+        sys.stderr.write(f"loadtest.traces: {settings.traces}: {error}\n")
+        sys.exit(2)
 
 
 main()

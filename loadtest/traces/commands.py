@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,11 +50,8 @@ def _list(file: Path, limit: int, as_json: bool) -> None:
 
     from loadtest.traces.store import TraceStore
 
-    try:
-        with TraceStore(file) as store:
-            found = store.newest(limit)
-    except FileNotFoundError as error:
-        raise _fail(str(error)) from None
+    with _told(file), TraceStore(file) as store:
+        found = store.newest(limit)
     if as_json:
         _print_json([asdict(summary) for summary in found])
         return
@@ -84,18 +82,15 @@ def _show(file: Path, trace_id: str, as_json: bool) -> None:
 def find(file: Path, trace_id: str, within_s: float = ARRIVES_WITHIN_S) -> list[Span]:
     """The spans of a trace, of the newest one where `trace_id` is empty; waits for those that are still on their way.
 
-    Ends the command with a clear line where there is no file, or the id is ambiguous.
+    Ends the command with a clear line where the file is not there or unreadable, or the id is ambiguous.
     """
     from loadtest.traces.store import TraceStore
 
     until = time.monotonic() + within_s
     while True:
-        try:
-            with TraceStore(file) as store:
-                newest = trace_id or next((summary.trace for summary in store.newest(1)), "")
-                spans = store.trace(newest) if newest else []
-        except (FileNotFoundError, ValueError) as error:
-            raise _fail(str(error)) from None
+        with _told(file), TraceStore(file) as store:
+            newest = trace_id or next((summary.trace for summary in store.newest(1)), "")
+            spans = store.trace(newest) if newest else []
         if _is_old(spans) or time.monotonic() > until:
             return spans
         time.sleep(0.3)
@@ -138,6 +133,19 @@ def _print_json(value: object) -> None:
     import json
 
     typer.echo(json.dumps(value, indent=2))
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Ends the command with a clear line where the file cannot tell what was asked."""
+    import sqlite3
+
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise _fail(str(error)) from None
+    except sqlite3.Error as error:
+        raise _fail(f"{file}: {error}") from None
 
 
 def _fail(message: str) -> typer.Exit:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 SERVICE = "opentelemetry.proto.collector.trace.v1.TraceService"
 WRITE_EVERY_S = 0.2
 PRUNE_EVERY_SPANS = 5_000
+_LATEST_NS = 2**62 - 1  # a start and a duration together still fit SQLite's 64 bits with a sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class TraceSink(trace_service_pb2_grpc.TraceServiceServicer):
         self._inbox: list[Span] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="traces")  # SQLite blocks; the event loop must not
         self._writing: asyncio.Task[None] | None = None
-        self._since_prune = 0
+        self._since_prune = PRUNE_EVERY_SPANS  # at once: the file may be an older run's
         self.received = 0
         self.dropped = 0
 
@@ -131,9 +132,9 @@ def spans_of(resource_spans: Iterable[trace_pb2.ResourceSpans]) -> Iterator[Span
                     service=service,
                     instance=instance,
                     name=span.name,
-                    start_ns=span.start_time_unix_nano,
+                    start_ns=min(span.start_time_unix_nano, _LATEST_NS),
                     # a clock that was set back between start and end must not make time run backwards
-                    duration_ns=max(0, span.end_time_unix_nano - span.start_time_unix_nano),
+                    duration_ns=min(max(0, span.end_time_unix_nano - span.start_time_unix_nano), _LATEST_NS),
                     failed=span.status.code == trace_pb2.Status.STATUS_CODE_ERROR,
                     message=span.status.message,
                     attributes=normalised(_plain(span.attributes)),

@@ -160,6 +160,8 @@ def load(path: Path) -> MeshFile:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise MeshFileError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise MeshFileError(f"{path}: must be UTF-8, got byte {error.object[error.start]:#04x}") from error
     return parse(text, str(path))
 
 

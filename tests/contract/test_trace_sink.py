@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from loadtest.traces import tree
-from loadtest.traces.sink import Keep, TraceSink
+from loadtest.traces.sink import Keep, TraceSink, spans_of
 from loadtest.traces.store import TraceStore
 from services.mesh.serve import Server
 from services.mesh.telemetry import Tracing
@@ -39,10 +40,11 @@ async def store(folder: Path) -> AsyncIterator[TraceStore]:
 
 
 def export_request(count: int) -> trace_service_pb2.ExportTraceServiceRequest:
-    request = trace_service_pb2.ExportTraceServiceRequest()
+    request, began_ns = trace_service_pb2.ExportTraceServiceRequest(), time.time_ns()
     spans = request.resource_spans.add().scope_spans.add().spans
     for i in range(count):
-        spans.add(trace_id=bytes.fromhex(TRACE), span_id=i.to_bytes(8, "big"), name=f"s{i}", start_time_unix_nano=i + 1)
+        span = spans.add(trace_id=bytes.fromhex(TRACE), span_id=i.to_bytes(8, "big"), name=f"s{i}")
+        span.start_time_unix_nano = began_ns + i
     return request
 
 
@@ -107,3 +109,33 @@ def test_a_bad_setting_is_one_clear_line_and_exit_status_2() -> None:
     done = subprocess.run([sys.executable, "-m", "loadtest.traces"], env=environ, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "loadtest.traces: max_spans must be above 0, got 0\n"
+
+
+async def test_a_span_from_an_impossible_time_does_not_take_its_neighbours_with_it(store: TraceStore) -> None:
+    sink = TraceSink(store)
+    request = export_request(2)
+    request.resource_spans[0].scope_spans[0].spans[0].start_time_unix_nano = 2**64 - 1
+    request.resource_spans[0].scope_spans[0].spans[0].end_time_unix_nano = 2**64 - 1
+    await sink.Export(request, None)  # type: ignore[arg-type]  # it asks nothing of its context
+    await sink.close()
+    assert [span.name for span in store.trace(TRACE)] == ["s1", "s0"]
+    assert (len(store.newest()), sink.dropped) == (1, 0)
+
+
+async def test_what_an_older_run_left_too_long_ago_leaves_with_the_first_write(store: TraceStore) -> None:
+    old = export_request(1)
+    old.resource_spans[0].scope_spans[0].spans[0].start_time_unix_nano = 1
+    store.add(spans_of(old.resource_spans))
+    sink = TraceSink(store)
+    await sink.Export(export_request(1), None)  # type: ignore[arg-type]
+    await sink.close()
+    assert [span.start_ns > 1 for span in store.trace(TRACE)] == [True]
+
+
+def test_a_file_that_is_no_database_is_one_clear_line_and_exit_status_2(folder: Path) -> None:
+    file = folder / "t.db"
+    file.write_text("no database, but long enough to be looked at " * 100)
+    environ = {**os.environ, "TENFOLD_LISTEN": f"unix:{folder}/otlp.sock", "TENFOLD_TRACES": str(file)}
+    done = subprocess.run([sys.executable, "-m", "loadtest.traces"], env=environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"loadtest.traces: {file}: file is not a database\n"

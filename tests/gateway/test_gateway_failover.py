@@ -30,7 +30,7 @@ async def test_killing_the_last_router_loses_no_call_and_its_return_is_noticed(w
     assert await world.answers(50) == {"router": 50}
 
 
-async def test_one_dead_router_of_two_loses_no_call(world):
+async def test_one_dead_router_of_two_loses_no_call_and_degrades_none(world):
     await world.replica("fallback")
     process = await world.process("r1")
     await world.process("r2")
@@ -38,9 +38,18 @@ async def test_one_dead_router_of_two_loses_no_call(world):
     under_way = asyncio.ensure_future(world.answers(600, concurrent=32))
     await asyncio.sleep(0.1)
     process.kill()
-    assert set(await under_way) <= {"r1", "r2", "fallback"}
+    assert set(await under_way) == {"r1", "r2"}
     await world.until_health("router_standard", "r1", healthy=False)
     assert await world.answers(50) == {"r2": 50}
+
+
+async def test_where_every_router_is_unavailable_fallback_still_answers(world):
+    fallback = await world.replica("fallback")
+    for name in ("r1", "r2"):
+        (await world.replica("router", name)).code = UNAVAILABLE
+    await world.start(router=["r1", "r2"])
+    assert await world.answers(5, concurrent=1) == {"fallback": 5}
+    assert len(fallback.seen) == 5
 
 
 async def test_no_router_and_no_fallback_is_unavailable(world):

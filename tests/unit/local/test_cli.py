@@ -71,3 +71,24 @@ def test_traces_of_a_stack_that_kept_none_are_a_clear_line(tmp_path: Path, monke
     status, told = run("traces", "list")
     assert status == 1
     assert "no traces have been kept here" in told
+
+
+def test_traces_in_a_file_that_is_no_database_are_a_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENFOLD_HOME", str(tmp_path))
+    monkeypatch.delenv("TENFOLD_RUN", raising=False)
+    file = tmp_path / "run" / "default" / "traces.db"
+    file.parent.mkdir(parents=True)
+    file.write_text("no database, but long enough to be looked at " * 100)
+    for command in ("list", "show"):
+        assert run("traces", command) == (1, f"tenfold: {file}: file is not a database\n")
+
+
+def test_a_timeout_that_never_ends_is_refused() -> None:
+    status, told = run("predict", "--flight", "UA1216", "--timeout-ms", "inf")
+    assert status == 2
+    assert "must be finite" in told
+
+
+def test_what_every_command_does_is_told_in_full() -> None:
+    commands = run("--help")[1].partition("Commands:")[2]
+    assert "..." not in commands

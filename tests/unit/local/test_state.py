@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from msgspec.structs import replace
 from deploy.local import state
 from deploy.local.folders import RunFolder, make_sockets_folder, remove_sockets_folder
 from deploy.local.state import Component, Probe, Process, StackError, State
+from deploy.local.stop import kill
 from gateway.topology import Topology
 from services.mesh.meshfile import SERVICES
 
@@ -110,3 +113,27 @@ def test_a_folder_of_sockets_is_private_and_short() -> None:
 def test_a_name_that_is_no_folder_s_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a stack's name must be"):
         RunFolder.of(name, tmp_path)
+
+
+class Interrupts(Process, frozen=True):
+    """A process that ends while somebody presses ^C."""
+
+    @property
+    def alive(self) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+
+def test_an_interrupt_in_the_middle_of_a_kill_waits_until_nothing_is_left(run: RunFolder, tmp_path: Path) -> None:
+    stack = some_state(tmp_path, state.starter())
+    state.write(run, stack)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(int).result()  # like a library's thread, it takes signals that this one might refuse
+        with pytest.raises(KeyboardInterrupt):
+            kill(run, replace(stack, supervisor=Interrupts(os.getpid(), 1.0)))
+    assert not run.state.exists()
+
+
+def test_what_is_advised_about_a_named_stack_names_it(run: RunFolder) -> None:
+    with pytest.raises(StackError, match="start it with `tenfold up --stack s`"):
+        state.running(run)

@@ -145,3 +145,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_the_line_of_a_value_that_is_left_out_is_that_of_its_table() -> None:
     assert line_of(SMALL, "models[0].tiers[1].version") == SMALL[: SMALL.index('name = "full"')].count("\n")
     assert line_of(SMALL, "nothing.like.it") == 1
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_bytes(b"version = 1\n\xff")
+    with pytest.raises(MeshFileError, match=r"mesh\.toml: must be UTF-8, got byte 0xff"):
+        load(file)
