@@ -70,9 +70,17 @@ class ValkeyProcess:
 
 
 @pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty folder whose path is short: that of a Unix socket holds about 100 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="tf"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
 def valkey_process() -> Iterator[ValkeyProcess]:
     """A running Valkey that the test may kill, freeze and start again."""
-    folder = Path(tempfile.mkdtemp(prefix="tf"))  # short: a Unix socket's path holds about 100 bytes
+    folder = Path(tempfile.mkdtemp(prefix="tf"))  # its own: the test's may hold a service's socket
     process = ValkeyProcess(folder)
     try:
         process.start()

@@ -7,11 +7,9 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -47,11 +45,9 @@ class Running:
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="tf"))
-    (path / "tenfold.toml").write_text(MESH)
-    yield path
-    shutil.rmtree(path)
+def folder(folder: Path) -> Path:
+    (folder / "tenfold.toml").write_text(MESH)
+    return folder
 
 
 @contextlib.asynccontextmanager

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -26,13 +24,6 @@ from tests.conftest import ValkeyProcess
 LONG_S = 20.0
 MESH_FILE = Path(__file__).parents[2] / "deploy" / "flights" / "tenfold.toml"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="tf"))
-    yield path
-    shutil.rmtree(path)
 
 
 @contextlib.asynccontextmanager

@@ -84,7 +84,8 @@ class Client:
 async def serving(transport: str, root: Path, limits: Limits) -> AsyncIterator[Client]:
     repository = Repository(root, OnnxRuntime(["cpu"]).load, limits)
     await repository.refresh()
-    address = f"unix:{tempfile.mkdtemp(prefix='tf')}/inference.sock"
+    folder = tempfile.TemporaryDirectory(prefix="tf")
+    address = f"unix:{folder.name}/inference.sock"
     server = Server(address, [offer(InferenceService(repository))], transport)
     await server.start()
     await server.ready()
@@ -94,6 +95,7 @@ async def serving(transport: str, root: Path, limits: Limits) -> AsyncIterator[C
     finally:
         await server.stop(lame_duck_s=0, grace_s=1)
         await repository.close()
+        folder.cleanup()
 
 
 @pytest.fixture(params=["grpcio", "native"])

@@ -7,10 +7,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
@@ -87,13 +85,6 @@ class Mesh:
                 if wanted(answer):
                     return answer
                 await asyncio.sleep(0.02)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="tf"))
-    yield path
-    shutil.rmtree(path)
 
 
 @contextlib.asynccontextmanager
