@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 import os
-import random
 import signal
 import time
 from collections import Counter
@@ -28,11 +27,11 @@ from deploy.local.state import StackError, State
 from deploy.local.stop import stop
 from deploy.local.up import Wanted, bring_up
 from loadtest.driver import percentile
-from loadtest.traces import tree
-from loadtest.traces.store import TraceStore
+from loadtest.traces import commands as traces
 from services.feature.store import OnlineStore
 from services.feature.valkey import Valkey
 from services.mesh.channels import Channel, open_channel
+from services.mesh.context import sampled_traceparent
 from services.mesh.errors import CalleeError
 from tenfold.common.v1.call_pb2 import Reason
 from tenfold.router.v1.router_pb2 import PredictResponse
@@ -41,7 +40,6 @@ METHOD = "/tenfold.router.v1.RouterService/Predict"
 FLIGHTS, FLIGHTS_WITH_A_FAULT, RATE = 500, 240, 40.0
 KILL_AT = 40  # the flight of the second part before which inference is killed
 TIMEOUT_S = 1.0
-TRACE_WITHIN_S = 5.0
 MIX = ("critical",) * 3 + ("standard",) * 4 + ("background",) * 3
 """Priorities in turn: three in ten critical, four standard, three background."""
 
@@ -62,6 +60,11 @@ class Answered:
     degraded: str = ""
     source: str = ""
     failure: str = ""
+
+    @property
+    def by(self) -> str:
+        """Who answered, or how the call failed."""
+        return self.failure or self.tier or f"fallback: {self.source}"
 
 
 def run(home: Path, *, keep: bool = False) -> int:
@@ -193,9 +196,8 @@ def _print_summary(console: Console, answers: Sequence[Answered]) -> None:
     table = Table(box=None, padding=(0, 3, 0, 0))
     for name in ("tier", "answers", "share", "AUC", "P50", "P99", "$ per 1,000"):
         table.add_column(name, justify="left" if name == "tier" else "right")
-    tiers = Counter(answer.tier or f"fallback: {answer.source}" for answer in answers if not answer.failure)
-    for tier, _ in tiers.most_common():
-        _add_row(table, tier, [a for a in answers if (a.tier or f"fallback: {a.source}") == tier], len(answers))
+    for by, _ in Counter(answer.by for answer in answers).most_common():
+        _add_row(table, by, [answer for answer in answers if answer.by == by], len(answers))
     _add_row(table, "all", answers, len(answers))
     console.print(table)
     degraded = sum(bool(answer.degraded) for answer in answers)
@@ -226,22 +228,12 @@ def _add_row(table: Table, name: str, answers: Sequence[Answered], of: int) -> N
 
 async def _print_trace(console: Console, state: State, flight: replay.Flight, channel: Channel) -> None:
     """One more request, recorded because its traceparent asks for it, as a tree."""
-    trace_id = f"{random.getrandbits(128) or 1:032x}"
-    await _ask(channel, flight, "critical", f"00-{trace_id}-{random.getrandbits(64) or 1:016x}-01")
-    file = RunFolder.of(state.stack, Path(state.home)).traces
-    lines: Sequence[tree.Line] = ()
-    until = time.monotonic() + TRACE_WITHIN_S
-    seen = 0
-    while time.monotonic() < until:
-        await asyncio.sleep(0.5)
-        with TraceStore(file) as store:
-            spans = store.trace(trace_id)
-        lines = tree.lines(tree.build(spans))
-        if spans and len(spans) == seen:  # nothing more has come since the last look
-            break
-        seen = len(spans)
-    console.print(f"\n[bold]One request[/bold] (tenfold traces show {trace_id[:8]} --stack {state.stack})")
-    console.print(tree.plain(lines), highlight=False, markup=False)
+    traceparent = sampled_traceparent()
+    trace = traceparent.split("-")[1]
+    await _ask(channel, flight, "critical", traceparent)
+    spans = await asyncio.to_thread(traces.find, RunFolder.of(state.stack, Path(state.home)).traces, trace)
+    console.print(f"\n[bold]One request[/bold] (tenfold traces show {trace[:8]} --stack {state.stack})")
+    traces.print_tree(spans)
 
 
 def _kill(state: State, name: str) -> None:
@@ -257,9 +249,9 @@ def _print_fault(console: Console, answers: Sequence[Answered], killed_at: float
     table = Table(box=None, padding=(0, 3, 0, 0))
     for name in ("answered by", "reason", "answers", "AUC", "P99"):
         table.add_column(name, justify="left" if name in ("answered by", "reason") else "right")
-    kinds = Counter((a.failure or a.tier or f"fallback: {a.source}", a.degraded) for a in answers)
+    kinds = Counter((a.by, a.degraded) for a in answers)
     for (by, reason), count in kinds.most_common():
-        members = [a for a in answers if (a.failure or a.tier or f"fallback: {a.source}", a.degraded) == (by, reason)]
+        members = [a for a in answers if (a.by, a.degraded) == (by, reason)]
         p99 = percentile([a.latency_s * 1000 for a in members], 0.99)
         table.add_row(by, reason or "-", str(count), f"{auc(members):.3f}", f"{p99:.1f} ms")
     console.print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import secrets
 import sys
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import grpc
 from deploy.local.folders import option
 from deploy.local.state import StackError, State
 from services.mesh import attributes
-from services.mesh.context import Metadata
+from services.mesh.context import Metadata, sampled_traceparent
 from services.resilience.call import Priority
 from tenfold.common.v1 import call_pb2
 from tenfold.feature.v1 import feature_pb2, feature_pb2_grpc
@@ -66,11 +65,9 @@ def watermark_us(state: State) -> int:
 
 def ask(address: str, request: router_pb2.PredictRequest, priority: Priority, timeout_ms: float) -> Answered:
     """One call through the gateway, always traced. Raises StackError with the status where it fails."""
-    trace = secrets.token_hex(16)
-    metadata: Metadata = (
-        (attributes.PRIORITY, priority.label),
-        (attributes.TRACEPARENT, f"00-{trace}-{secrets.token_hex(8)}-01"),
-    )
+    traceparent = sampled_traceparent()
+    trace = traceparent.split("-")[1]
+    metadata: Metadata = ((attributes.PRIORITY, priority.label), (attributes.TRACEPARENT, traceparent))
     with grpc.insecure_channel(address) as channel:
         stub = router_pb2_grpc.RouterServiceStub(channel)
         began = time.perf_counter()

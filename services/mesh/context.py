@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Iterable
 from typing import Protocol
@@ -67,6 +68,11 @@ def on_behalf_of(callers: Iterable[Caller]) -> Caller:
         cohort="",
         traceparent=sampled,
     )
+
+
+def sampled_traceparent() -> str:
+    """A new trace that is to be recorded, whatever share of the others is: "00-<trace id>-<span id>-01"."""
+    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
 
 
 def is_sampled(traceparent: str) -> bool:

@@ -63,12 +63,11 @@ class Retries(Struct, frozen=True, forbid_unknown_fields=True):
 class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
     """trace_sample: the share of requests whose spans are kept; a client may ask for its own by traceparent.
 
-    default_timeout_ms: for a client that sends no deadline. max_request_bytes: of one message.
+    default_timeout_ms: for a client that sends no deadline.
     """
 
     trace_sample: Fraction = 0.01
     default_timeout_ms: Positive = 5000.0
-    max_request_bytes: Count = 16 * 2**20
     retries: Retries = Retries()
 
 

@@ -19,7 +19,6 @@ from services.mesh.query import MOST_VIOLATIONS, Query
 from services.resilience.errors import BadInput, Violation
 
 Floats = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
 Places = NDArray[np.intp]
 
 
