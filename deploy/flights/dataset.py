@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,12 +46,14 @@ class Dataset:
     """n flights in the order of their ids.
 
     flights: what `deploy.flights.data` wrote. rows: view name -> float32 (n, columns), NaN for null.
-    base: every entity's row of every view as of BASE_MOMENT_US.
+    base: every entity's row of every view as of BASE_MOMENT_US. known: view name -> bool (n,), False where nothing was
+    known of the flight's entity.
     """
 
     flights: pa.Table
     rows: Mapping[str, NDArray[np.float32]]
     base: Sequence[Rows] = ()
+    known: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def late(self) -> NDArray[np.int64]:
@@ -109,14 +111,15 @@ def read_flights(offline: Path) -> pa.Table:
 def build(offline: Path, progress: Progress = lambda _: None) -> Dataset:
     """Computes every view for every flight, and for every entity at the base moment, from the files in `offline`."""
     flights, store = read_flights(offline), OfflineStore(offline)
-    rows, base = {}, []
+    n, rows, base, known = len(flights), {}, [], {}
     for done, view in enumerate(VIEWS, start=1):
         ids = store.entity_ids(view, BASE_MOMENT_US)
-        values = store.compute(view, _spine(flights, view, ids))
-        rows[view.name] = values[: len(flights)]
-        base.append(Rows(view.schema(), ids, BASE_MOMENT_US, values[len(flights) :]))
+        computed = store.compute(view, _spine(flights, view, ids))
+        values = computed.float32()
+        rows[view.name], known[view.name] = values[:n], computed.known[:n]
+        base.append(Rows(view.schema(), ids, BASE_MOMENT_US, values[n:]))
         progress(done / len(VIEWS))
-    return Dataset(flights, rows, base)
+    return Dataset(flights, rows, base, known)
 
 
 def _spine(flights: pa.Table, view: View, ids: Sequence[str]) -> Spine:

@@ -30,6 +30,7 @@ from loadtest.driver import percentile
 from loadtest.traces import commands as traces
 from services.feature.store import OnlineStore
 from services.feature.valkey import Valkey
+from services.feature.valkey_table import ValkeyTable
 from services.mesh.channels import Channel, open_channel
 from services.mesh.context import sampled_traceparent
 from services.mesh.errors import CalleeError
@@ -122,7 +123,7 @@ async def _clients(state: State) -> AsyncIterator[tuple[Channel, OnlineStore]]:
     try:
         async with Valkey(state.store) as valkey:
             await valkey.connected(timeout_s=5.0)
-            yield channel, OnlineStore(valkey, state.mesh)
+            yield channel, OnlineStore(ValkeyTable(valkey), state.mesh)
     finally:
         await channel.close()
 

@@ -93,6 +93,11 @@ def train(data: Dataset, trained_on: str, progress: Progress = lambda _: None) -
     return Models({"linear": linear, "small": small, "full": full}, request, table)
 
 
+def full(data: Dataset, trained_on: str) -> Trained:
+    """The full model alone."""
+    return _boosted(data, "full", (*REQUEST_COLUMNS, *STORED_COLUMNS), _FULL, _FULL_TREES, trained_on)[0]
+
+
 def prior(
     late: NDArray[np.int64], asked: Mapping[str, Sequence[str]], tables: Sequence[tuple[str, ...]]
 ) -> dict[str, Any]:

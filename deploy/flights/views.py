@@ -9,7 +9,7 @@ _ENTITIES = ("origin", "dest", "carrier", "carrier_origin", "route", "flight_no"
 ARRIVALS = Source(
     "arrivals",
     "flights/*.parquet",
-    event_us="arrived_us",
+    event_us="departs_us",  # as a timetable has it; joining by it is a leak, see deploy/flights/leak.py
     known_us="arrived_us",
     sequence="flight_id",
     entities=_ENTITIES,
@@ -65,5 +65,5 @@ VIEWS = (
     _delays("route", "24h 7d 28d"),
     _delays("flight_no", "7d 28d", ttl_days=28),
     _delays("tailnum", "24h 7d 28d", "24h", ttl_days=28),
-    View("weather", "origin", latest(OBSERVATIONS, *OBSERVATIONS.values), ttl_s=6 * _HOUR_S),
+    View("weather", "origin", latest(OBSERVATIONS, *OBSERVATIONS.plain), ttl_s=6 * _HOUR_S),
 )

@@ -75,6 +75,11 @@ class RunFolder:
     def traces(self) -> Path:
         return self.path / "traces.db"
 
+    @property
+    def served(self) -> Path:
+        """A sample of the feature rows that were served."""
+        return self.path / "served"
+
     def log_of(self, process: str) -> Path:
         return self.logs / f"{process}.log"
 

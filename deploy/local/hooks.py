@@ -52,10 +52,11 @@ class Flights:
         from deploy.flights.views import VIEWS
         from services.feature.store import OnlineStore
         from services.feature.valkey import Valkey
+        from services.feature.valkey_table import ValkeyTable
 
         async with Valkey(store) as valkey:
             await valkey.connected(5.0)
-            online = OnlineStore(valkey, "flights")
+            online = OnlineStore(ValkeyTable(valkey), "flights")
             there = {view.name: view.schema().schema_hash for view in await online.views()}
             if there == {view.name: view.schema().schema_hash for view in VIEWS}:
                 return

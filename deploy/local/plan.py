@@ -58,8 +58,14 @@ def components(
 ) -> list[Component]:
     """Every process of the stack, in order of starting."""
     artefacts = home / mesh.artefacts
+    offline = mesh.features.offline if "://" in mesh.features.offline else str(artefacts / mesh.features.offline)
+    streams = _has_streams(mesh, mesh_file)
     own = {
-        "feature": {"TENFOLD_STORE": store_url(sockets)},
+        "feature": {
+            "TENFOLD_STORE": store_url(sockets),
+            "TENFOLD_SERVED": str(run.served),
+            **({"TENFOLD_ARCHIVE": offline} if streams else {}),
+        },
         "inference": {"TENFOLD_MODELS": str(artefacts / "models")},
         "fallback": {"TENFOLD_ARTEFACTS": str(artefacts)},
         "router": {},
@@ -88,11 +94,24 @@ def components(
         for name, listening in topology.replicas.items()
         for i, address in enumerate(listening)
     ]
-    found = [_valkey(run, sockets), _traces(topology, run), *services, _envoy(topology, run)]
+    found = [_valkey(run, sockets, streams), _traces(topology, run), *services, _envoy(topology, run)]
     return sorted(found, key=lambda component: component.stage)
 
 
-def _valkey(run: RunFolder, sockets: Path) -> Component:
+def _has_streams(mesh: MeshFile, mesh_file: Path) -> bool:
+    """Whether events are written to the store, which then has to keep every one that it acknowledged."""
+    from services.feature.definition import DefinitionError
+    from services.feature.definitions import beside, load
+
+    if not mesh.features.definitions:
+        return False
+    try:
+        return any(view.stream for view in load(beside(mesh_file, mesh.features.definitions)).views)
+    except DefinitionError as error:
+        raise StackError(str(error)) from error
+
+
+def _valkey(run: RunFolder, sockets: Path, streams: bool) -> Component:
     socket = store_socket(sockets)
     settings = {
         "port": "0",
@@ -100,7 +119,7 @@ def _valkey(run: RunFolder, sockets: Path) -> Component:
         "unixsocketperm": "700",
         "dir": str(run.store),
         "appendonly": "yes",
-        "appendfsync": "everysec",
+        "appendfsync": "always" if streams else "everysec",
         "save": "",  # the append-only file is enough
         "maxmemory-policy": "noeviction",  # a feature that silently vanished would be a wrong answer
         "daemonize": "no",

@@ -51,6 +51,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def emit(bench: str, rows: Sequence[Row]) -> None:
-    """Prints the table, then the JSON object."""
+    """Prints the table, then the JSON object, where a value that could not be measured is null."""
     print(table(rows))
-    print(json.dumps({"bench": bench, "rows": [asdict(row) for row in rows]}))
+    said = [{**asdict(row), "value": None if math.isnan(row.value) else row.value} for row in rows]
+    print(json.dumps({"bench": bench, "rows": said}))

@@ -26,7 +26,7 @@ class OnlineWriter(Protocol):
         """How many rows were kept: one that has counted later events is not overwritten."""
         ...
 
-    async def publish(self, schemas: Sequence[ViewSchema], watermark_us: int, rows: Mapping[str, int]) -> None:
+    async def publish(self, schemas: Sequence[ViewSchema], watermark_us: int, rows: Mapping[str, int]) -> object:
         """Makes the views readable. rows: view name -> rows written."""
         ...
 
@@ -48,7 +48,7 @@ class Rows:
 def rows_at(offline: OfflineStore, view: View, moment_us: int, chunk_rows: int = CHUNK_ROWS) -> Iterator[Rows]:
     """The row of every entity that something was known of before the moment, ordered by id."""
     ids = offline.entity_ids(view, moment_us)
-    values = offline.compute(view, Spine(ids, np.full(len(ids), moment_us, dtype=np.int64)))
+    values = offline.compute(view, Spine(ids, np.full(len(ids), moment_us, dtype=np.int64))).float32()
     return in_chunks(Rows(view.schema(), ids, moment_us, values), chunk_rows)
 
 

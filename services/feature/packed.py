@@ -2,16 +2,15 @@
 
     offset  bytes
     0       3         magic "tfr"
-    3       1         layout version, 1
+    3       1         layout version, 2
     4       8         schema hash, unsigned
     12      8         event_us, signed: microseconds since 1970 UTC up to which the row's events were counted
-    20      8         write_us, signed: when the row was packed
-    28      (c+7)//8  null bitmap: column i is NULL where bit i%8 of byte i//8 is set
-    ...     4 c       float32 columns in schema order; NaN where NULL
+    20      (c+7)//8  null bitmap: column i is NULL where bit i%8 of byte i//8 is set
+    ...     4 c       float32 columns in schema order; the column's default where NULL, or NaN
     -4      4         CRC-32 of everything before
 
-All little-endian. Rows are read as bytes, not as arrays: a request holds a few rows of each of several views, and
-there the fixed cost of a numpy call is more than that of a row.
+All little-endian. A few rows are read as bytes, one by one, as the fixed cost of a numpy call is more than that of a
+row; many are read as one array.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import itertools
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from zlib import crc32
 
 import numpy as np
@@ -28,14 +27,16 @@ from numpy.typing import NDArray
 
 from services.feature.schema import ViewSchema
 
-MAGIC = b"tfr\x01"  # with the layout's version
+MAGIC = b"tfr\x02"  # with the layout's version
 EVENT_AT = 12
-_NULLS_AT = 28
+_NULLS_AT = 20
 _SMALLEST = _NULLS_AT + 1 + 4 + 4
 # the CRC-32 of anything that ends in its own CRC-32: one call checks a row without slicing it
 _INTACT = 0x2144DF1C
 _LATEST_EVENT_US = 2**53  # the store's scripts compare times as doubles
 _MOST_NULL_PATTERNS = 4096
+_MANY_ROWS = 24  # from here on one array costs less than so many rows
+_MAGIC = int.from_bytes(MAGIC, "little")
 
 OK, NULL, MISSING, EXPIRED = 1, 2, 3, 4  # tenfold.feature.v1.Status
 
@@ -54,7 +55,7 @@ class SchemaChanged(Exception):
 class Rows(NamedTuple):
     """n rows of c columns, as they travel in tenfold.feature.v1.ViewRows.
 
-    values: float32 (n, c), NaN where the status is not OK. status: one byte of Status, (n, c).
+    values: float32 (n, c), the default or NaN where the status is not OK. status: one byte of Status, (n, c).
     event_us: int64 (n,), 0 where the row is missing. age_s: float32 (n,), NaN where it is missing.
     foreign: rows of another schema. unreadable: rows that are damaged or of an unknown layout. Both are MISSING.
     """
@@ -80,15 +81,19 @@ class RowLayout:
         self._size = self._crc_at + 4
         self._ttl_us = round(schema.ttl_s * 1e6) if schema.ttl_s > 0 else math.inf
         self._no_nulls = bytes(nulls)
-        self._no_values = np.full(c, np.nan, "<f4").tobytes()
+        self._defaults = np.array([np.nan if default is None else default for default in schema.defaults], "<f4")
+        if not schema.has_defaults:
+            self._defaults = np.full(c, np.nan, "<f4")
+        self._no_values = self._defaults.tobytes()
         self._ok, self._missing, self._expired = bytes([OK]) * c, bytes([MISSING]) * c, bytes([EXPIRED]) * c
         self._statuses = {self._no_nulls: self._ok}
+        body = self._prefix + _NO_EVENT + self._no_nulls + self._no_values
+        self._no_row = body + struct.pack("<I", crc32(body))
         self._packed = np.dtype(
             [
-                ("magic", "V4"),
+                ("magic", "<u4"),
                 ("schema_hash", "<u8"),
                 ("event_us", "<i8"),
-                ("write_us", "<i8"),
                 ("nulls", "u1", (nulls,)),
                 ("values", "<f4", (c,)),
                 ("crc", "<u4"),
@@ -104,7 +109,6 @@ class RowLayout:
         self,
         event_us: int | NDArray[np.int64],
         values: NDArray[np.floating],
-        write_us: int,
         null: NDArray[np.bool_] | None = None,
     ) -> list[bytes]:
         """One value for the store per row.
@@ -121,12 +125,11 @@ class RowLayout:
         elif null.shape != values.shape:
             raise ValueError(f"null must have the shape of values, {values.shape}, got {null.shape}")
         rows = np.zeros(len(values), self._packed)
-        rows["magic"] = np.void(MAGIC)
+        rows["magic"] = _MAGIC
         rows["schema_hash"] = self.schema.schema_hash
         rows["event_us"] = _checked_event_us(event_us, len(values))
-        rows["write_us"] = write_us
         rows["nulls"] = np.packbits(null, axis=1, bitorder="little")
-        rows["values"] = np.where(null, np.float32(np.nan), _float32(values))
+        rows["values"] = np.where(null, self._defaults, _float32(values))
         size, crc_at = self._size, self._crc_at
         starts = range(0, len(values) * size, size)
         view = memoryview(rows.tobytes())
@@ -143,6 +146,8 @@ class RowLayout:
         row has counted events after the moment asked for: the store keeps the newest row only, and says so.
         Raises SchemaChanged at a row of another schema, unless `foreign_is_missing`.
         """
+        if len(rows) >= _MANY_ROWS and (read := self._unpack_many(rows, as_of_us)) is not None:
+            return read
         values: list[bytes] = []
         status: list[bytes] = []
         event_us: list[bytes] = []
@@ -182,6 +187,29 @@ class RowLayout:
             age_s.append(math.nan)
         ages = struct.pack(f"<{len(age_s)}f", *age_s)
         return Rows(b"".join(values), b"".join(status), b"".join(event_us), ages, foreign, unreadable)
+
+    def _unpack_many(self, rows: Sequence[bytes | None], as_of_us: int | Sequence[int]) -> Rows | None:
+        """As `unpack`; None where a row is damaged or of another schema."""
+        missing: list[int] = []
+        if not all(rows):
+            missing = [i for i, row in enumerate(rows) if row is None]
+            rows = [self._no_row if row is None else row for row in rows]
+        whole = cast("Sequence[bytes]", rows)
+        if set(map(len, whole)) != {self._size} or set(map(crc32, whole)) != {_INTACT}:
+            return None
+        table = np.frombuffer(b"".join(whole), self._packed)
+        if (table["magic"] != _MAGIC).any() or (table["schema_hash"] != self.schema.schema_hash).any():
+            return None
+        values, age_us = table["values"], np.asarray(as_of_us, np.int64) - table["event_us"]
+        status = np.unpackbits(table["nulls"], axis=1, count=len(self._ok), bitorder="little")
+        status += OK  # a bit that is set makes it NULL, which is the next number
+        age_s = (age_us * 1e-6).astype("<f4")
+        if (expired := age_us >= self._ttl_us).any():
+            values = np.where(expired[:, None], self._defaults, values)
+            status[expired] = EXPIRED
+        if missing:
+            status[missing], age_s[missing] = MISSING, np.nan
+        return Rows(values.tobytes(), status.tobytes(), table["event_us"].tobytes(), age_s.tobytes())
 
     def _status_of(self, nulls: bytes) -> bytes:
         """The status bytes of a null bitmap; remembered, as few patterns occur."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from services.feature.packed import RowLayout
-from services.feature.store import PublishedView
+from services.feature.catalogue import PublishedView
+from services.feature.packed import RowLayout, Rows
+from services.feature.schema import ViewSchema
 from services.resilience.call import Clock
 from services.resilience.errors import CallError, NotFound
 
@@ -19,13 +21,30 @@ MIN_BETWEEN_S = 1.0  # requests for views that do not exist must not become read
 _MOST_NAMES_TOLD = 32
 
 
+class Layout(Protocol):
+    """How what the store holds becomes rows: see RowLayout and, for stream views, StateLayout."""
+
+    @property
+    def schema(self) -> ViewSchema: ...
+    @property
+    def answer_bytes(self) -> int: ...
+    def unpack(
+        self, rows: Sequence[bytes | None], as_of_us: int | Sequence[int], *, foreign_is_missing: bool = False
+    ) -> Rows: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How one view is read, worked out once: what is published of it, and the layout of its rows."""
 
     view: PublishedView
     key_prefix: str
-    layout: RowLayout
+    layout: Layout
+
+
+def row_layout(view: PublishedView) -> Layout | None:
+    """None for a view whose rows have to be finished by somebody who has its definition."""
+    return RowLayout(view.schema()) if view.kind == "row" else None
 
 
 class Registry:
@@ -34,11 +53,16 @@ class Registry:
     def __init__(
         self,
         read: Callable[[], Awaitable[Iterable[PublishedView]]],
-        key_prefix: Callable[[str], str],
+        key_prefix: Callable[[str, int], str],
         clock: Clock = time.monotonic,
+        layout_of: Callable[[PublishedView], Layout | None] = row_layout,
     ) -> None:
-        """read: the published views. key_prefix: of a view's rows."""
-        self._read, self._key_prefix, self._clock = read, key_prefix, clock
+        """read: the published views. key_prefix: of a view's rows in a generation.
+
+        layout_of: how a view's rows are read; views without one are left out.
+        """
+        self._read, self._key_prefix, self._clock, self._layout_of = read, key_prefix, clock, layout_of
+        self._seen: list[PublishedView] = []
         self._plans: Mapping[str, Plan] = {}
         self._lock = asyncio.Lock()
         self._tried_at = -float("inf")
@@ -91,12 +115,18 @@ class Registry:
             # forget how rows look would turn that into an error of the caller
             log.warning("the store lists no views any more; keeping those known", extra={"views": list(self._plans)})
             return
-        if views != [plan.view for plan in self._plans.values()]:
-            self._plans = {view.name: self._plan(view) for view in views}
+        if views != self._seen:
+            self._seen = views
+            plans = ((view.name, self._plan(view)) for view in views)
+            self._plans = {name: plan for name, plan in plans if plan is not None}
             log.info("views changed", extra={"views": {view.name: view.rows for view in views}})
 
-    def _plan(self, view: PublishedView) -> Plan:
+    def _plan(self, view: PublishedView) -> Plan | None:
         known = self._plans.get(view.name)
         if known is not None and known.view == view:
             return known
-        return Plan(view, self._key_prefix(view.name), RowLayout(view.schema()))
+        layout = self._layout_of(view)
+        if layout is None:
+            log.error("view cannot be read here: no definition", extra={"view": view.name, "kind": view.kind})
+            return None
+        return Plan(view, self._key_prefix(view.name, view.generation), layout)

@@ -7,15 +7,20 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 import grpc
 
+from services.feature.cache import RowCache
+from services.feature.onrequest import RequestViews
 from services.feature.packed import Rows, SchemaChanged
-from services.feature.registry import Plan, Registry
+from services.feature.registry import Plan, Registry, row_layout
+from services.feature.served import ServedLog
 from services.feature.settings import FeatureSettings
 from services.feature.store import MAX_ID_BYTES, OnlineStore, PublishedView
+from services.feature.streams import Streams
+from services.feature.table import PartlyUnavailable
 from services.mesh import attributes
 from services.mesh.channels import MAX_MESSAGE_BYTES
 from services.mesh.serve import unary
@@ -63,12 +68,25 @@ class FeatureService(feature_pb2_grpc.FeatureServiceServicer):
         settings: FeatureSettings,
         tracing: Tracing = NO_TRACING,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+        cache: RowCache | None = None,
+        streams: Streams | None = None,
+        request_views: RequestViews | None = None,
+        served: ServedLog | None = None,
     ) -> None:
-        """now_us: microseconds since 1970 UTC, for calls that do not say as of when."""
+        """now_us: microseconds since 1970 UTC, for calls that do not say as of when.
+
+        cache: in front of the store's rows, and told of its changes; None to read every row from the store.
+        streams: of the views that are maintained by stream; None where there are none.
+        request_views: that are worked out while they are asked for. served: keeps a sample of the answers.
+        """
         self.tracing = tracing
         self.unreadable_rows = 0
         self._store, self._settings, self._now_us = store, settings, now_us
-        self._registry = Registry(self._read_views, store.key_prefix)
+        self._cache = cache
+        self._streams = streams
+        self._request_views, self._served = request_views or RequestViews(None), served
+        layout_of = streams.layout_of if streams is not None else row_layout
+        self._registry = Registry(self._read_views, store.key_prefix, layout_of=layout_of)
         self.reads: Coalescer[Keys, StoredRows] = Coalescer(self._read, settings.limits())
         self._damaged_views: set[str] = set()
 
@@ -77,6 +95,8 @@ class FeatureService(feature_pb2_grpc.FeatureServiceServicer):
         while True:
             try:
                 await self._store.ping(_READY_PING_S)
+                if self._streams is not None:
+                    await self._streams.ready(_READY_PING_S)
                 await self._registry.refresh()
             except CallError as error:
                 log.debug("waiting for the store", extra={"reason": str(error)})
@@ -96,25 +116,28 @@ class FeatureService(feature_pb2_grpc.FeatureServiceServicer):
 
     @unary(f"{NAME}/GetFeatures")
     async def GetFeatures(self, call: Call[pb.GetFeaturesRequest]) -> pb.GetFeaturesResponse:  # noqa: N802
+        if not call.request.request_views:
+            return await self._rows(call)
+        self._request_views.check(call.request)
+        answer = await self._rows(call)
+        plans = self._registry.plans
+        self._request_views.add(call.request, answer, lambda view: plans[view].view.columns)
+        return answer
+
+    async def _rows(self, call: Call[pb.GetFeaturesRequest]) -> pb.GetFeaturesResponse:
         wanted = read_request(call.request, self._settings.max_rows)
         plans = await self._find([want.view for want in wanted])
         _check_size(plans, wanted)
-        keys = [
-            f"{plan.key_prefix}{entity_id}}}"
-            for plan, want in zip(plans, wanted, strict=True)
-            for entity_id in want.entity_ids
-        ]
-        with self.tracing.internal("store read", call.caller.traceparent) as span:
-            span.set(attributes.FEATURE_VIEWS, len(plans))
-            span.set(attributes.FEATURE_ROWS, len(keys))
-            stored = await self.reads.ask(Call(keys, call.caller))
-        try:
-            return self._answer(plans, wanted, stored)
-        except SchemaChanged:
-            with contextlib.suppress(CallError):  # the rows are here; what is known must do
-                await self._registry.refresh()
-            plans = self._registry.find(want.view for want in wanted)
-            return self._answer(plans, wanted, stored, foreign_is_missing=True)
+        stored = await self._stored(call, plans, wanted)
+        with contextlib.suppress(SchemaChanged):
+            if not _vanished(wanted, stored):
+                return self._answer(plans, wanted, stored)
+        with contextlib.suppress(CallError):  # the rows are here; what is known must do
+            await self._registry.refresh()
+        known, plans = plans, self._registry.find(want.view for want in wanted)
+        if [plan.key_prefix for plan in plans] != [plan.key_prefix for plan in known]:
+            stored = await self._stored(call, plans, wanted)
+        return self._answer(plans, wanted, stored, foreign_is_missing=True)
 
     @unary(f"{NAME}/DescribeViews")
     async def DescribeViews(self, call: Call[pb.DescribeViewsRequest]) -> pb.DescribeViewsResponse:  # noqa: N802
@@ -123,15 +146,20 @@ class FeatureService(feature_pb2_grpc.FeatureServiceServicer):
             raise BadInput(Violation("views", f"must hold at most {_MAX_VIEWS} names, got {len(names)}"))
         if not names and not self._registry.plans:
             await self._registry.refresh()
-        plans = await self._find(names) if names else list(self._registry.plans.values())
-        return pb.DescribeViewsResponse(views=[_description(plan) for plan in plans])
+        on_request = {view.name: view for view in self._request_views.descriptions()}
+        stored = [name for name in names if name not in on_request]
+        plans = await self._find(stored) if names else list(self._registry.plans.values())
+        described = {plan.view.name: _description(plan) for plan in plans} | on_request
+        return pb.DescribeViewsResponse(views=[described[name] for name in names or described])
 
     async def WriteEvents(  # type: ignore[override]  # noqa: N802
         self,
-        request_iterator: object,  # noqa: ARG002
+        request_iterator: AsyncIterator[pb.WriteEventsRequest],
         context: grpc.aio.ServicerContext[pb.WriteEventsRequest, pb.WriteEventsResponse],
     ) -> None:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server has no stream source")
+        if self._streams is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server has no views maintained by stream")
+        await self._streams.ingest.serve(request_iterator, context)
 
     async def _find(self, names: Sequence[str]) -> list[Plan]:
         try:
@@ -140,15 +168,50 @@ class FeatureService(feature_pb2_grpc.FeatureServiceServicer):
             await self._registry.refresh()
             return self._registry.find(names)
 
+    async def _stored(
+        self, call: Call[pb.GetFeaturesRequest], plans: Sequence[Plan], wanted: Sequence[Wanted]
+    ) -> StoredRows:
+        """The rows of all views, one after the other."""
+        keys: Keys = []
+        for plan, want in zip(plans, wanted, strict=True):
+            prefix = plan.key_prefix
+            keys += [f"{prefix}{entity_id}}}" for entity_id in want.entity_ids]
+        stored = self._cache.peek(keys) if self._cache is not None else None
+        if stored is None:
+            with self.tracing.internal("store read", call.caller.traceparent) as span:
+                span.set(attributes.FEATURE_VIEWS, len(plans))
+                span.set(attributes.FEATURE_ROWS, len(keys))
+                stored = await self.reads.ask(Call(keys, call.caller))
+        return stored
+
     async def _read_views(self) -> list[PublishedView]:
         return await self._store.views(self._settings.store_timeout_s)
 
-    async def _read(self, batch: Sequence[Call[Keys]]) -> list[StoredRows]:
+    async def _read(self, batch: Sequence[Call[Keys]]) -> list[StoredRows | Exception]:
         latest = max(call.caller.deadline for call in batch)
         timeout_s = max(0.0, min(self._settings.store_timeout_s, latest - time.monotonic()))
-        keys = list(dict.fromkeys(itertools.chain.from_iterable(call.request for call in batch)))
-        rows = dict(zip(keys, await self._store.fetch(keys, timeout_s), strict=True))
-        return [[rows[key] for key in call.request] for call in batch]
+        requests = [call.request for call in batch]
+        if len(batch) == 1:
+            return [await self._fetch(requests[0], timeout_s, requests)]
+        keys = list(dict.fromkeys(itertools.chain.from_iterable(requests)))
+        try:
+            found = await self._fetch(keys, timeout_s, requests)
+        except PartlyUnavailable as partly:  # those who asked for what is there get it
+            rows = dict(zip(keys, partly.values, strict=True))
+            return [
+                partly if not partly.failed.isdisjoint(request) else [rows[key] for key in request]
+                for request in requests
+            ]
+        if len(keys) == sum(map(len, requests)):  # no key was asked for twice, so they are in the order of requests
+            left = iter(found)
+            return [list(itertools.islice(left, len(request))) for request in requests]
+        rows = dict(zip(keys, found, strict=True))
+        return [[rows[key] for key in request] for request in requests]
+
+    def _fetch(self, keys: Keys, timeout_s: float, requests: Sequence[Keys]) -> Awaitable[StoredRows]:
+        if self._cache is None:
+            return self._store.fetch(keys, timeout_s)
+        return self._cache.fetch(keys, timeout_s, requests)
 
     def _answer(
         self, plans: list[Plan], wanted: list[Wanted], stored: StoredRows, *, foreign_is_missing: bool = False
@@ -165,6 +228,10 @@ class FeatureService(feature_pb2_grpc.FeatureServiceServicer):
             told.view, told.columns = want.view, len(plan.view.columns)
             told.schema_hash = plan.layout.schema.schema_hash
             told.values, told.status, told.event_us, told.age_s = rows[:4]
+        if self._served is not None and self._served.takes_this():
+            for want, told in zip(wanted, answer.views, strict=True):
+                kept = told.event_us, told.values, told.status
+                self._served.keep(want.view, told.schema_hash, want.entity_ids, want.as_of_us or now_us, *kept)
         return answer
 
     def _tell_of_damage(self, plan: Plan, rows: Rows) -> None:
@@ -172,6 +239,19 @@ class FeatureService(feature_pb2_grpc.FeatureServiceServicer):
         if plan.view.name not in self._damaged_views:  # once per view: damage rarely comes alone
             self._damaged_views.add(plan.view.name)
             log.error("stored rows cannot be read; they count as missing", extra={"view": plan.view.name})
+
+
+def _vanished(wanted: list[Wanted], stored: StoredRows) -> bool:
+    """Whether a view has none of its rows: perhaps its generation was replaced and removed."""
+    if all(stored):
+        return False
+    at = 0
+    for want in wanted:
+        end = at + len(want.entity_ids)
+        if not any(stored[at:end]):
+            return True
+        at = end
+    return False
 
 
 def read_request(request: pb.GetFeaturesRequest, max_rows: int) -> list[Wanted]:

@@ -1,189 +1,126 @@
 """Definitions compiled to SQL: from events and a spine to one row of features per spine row.
 
-Only shapes that mean the same on every engine are used: running sums over ROWS in a total order, and equality joins.
-Per source:
+Three shapes only, which mean the same on every engine:
 
-    history   every event with its place in its entity's history, and running sums up to and including it
-    place     for every (entity, moment): how many events were known before it, and before each window began
-    features  what was known before the moment, less what was known before the window: two equality joins
+    GROUP BY    of tiles and their items
+    windows     RANGE frames of constant length over int64 times, or ROWS frames over a total order
+    equality    joins by entity, time and sequence; what answers is found first, by its place in a total order
 
-A running sum ends at a place that the moment fixes, and places follow (known_us, sequence); so an event that becomes
-known later can change nothing, not even the last bit.
-
-Names come from definitions, which allow no character that SQL could mistake.
+services/feature/sql_tiles.py, sql_latest.py and sql_sketches.py compile the aggregates, sql_events.py what they read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from services.feature.definition import Aggregate, Feature, Source, View, window_us
+from services.feature import sql_latest, sql_sketches, sql_tiles
+from services.feature.definition import Source, View
+from services.feature.expression import Kind
+from services.feature.sql_events import (
+    BIGQUERY,
+    DUCKDB,
+    ENTITIES,
+    MOMENTS,
+    PORTABLE,
+    SPARK,
+    Clock,
+    Dialect,
+    Fragment,
+    Reading,
+    RelationOf,
+    Step,
+)
 
-RelationOf = Callable[[Source], str]
-"""What stands in FROM for a source, for example "read_parquet('flights/*.parquet')"."""
+__all__ = [
+    "BIGQUERY",
+    "DUCKDB",
+    "PORTABLE",
+    "SPARK",
+    "SPINE",
+    "Clock",
+    "Dialect",
+    "Program",
+    "known_entities",
+    "needed",
+    "program",
+]
 
 SPINE = "spine"
 """The table that must exist: row_id BIGINT, entity_id VARCHAR (null for none), as_of_us BIGINT."""
 
-# a value that is not finite would stay in every running sum after it
-_FINITE = "BETWEEN -1e300 AND 1e300"
-
-
-def steps(view: View, relation_of: RelationOf) -> list[tuple[str, str]]:
-    """Temporary tables to create, in this order: (name, query)."""
-    moments = f"SELECT DISTINCT entity_id, as_of_us FROM {SPINE} WHERE entity_id IS NOT NULL"  # noqa: S608
-    tables = [("moments", moments)]
-    for part in _parts(view):
-        tables.append((part.history, _history(part, view.entity, relation_of(part.source))))
-        tables.append((part.place, _place(part)))
-    return tables
-
-
-def features(view: View) -> str:
-    """The last query: row_id and the view's columns as DOUBLE, in any order; entities never heard of are absent."""
-    parts = {part.source.name: part for part in _parts(view)}
-    columns = [f"{_column(feature, parts[feature.source.name])} AS {feature.name}" for feature in view.features]
-    known = " OR ".join(f"{part.place}.before > 0" for part in parts.values())
-    return "\n".join(
-        [
-            f"SELECT {SPINE}.row_id,",
-            ",\n".join(columns),
-            f"FROM {SPINE}",
-            *(join for part in parts.values() for join in _joins(part)),
-            f"WHERE {known}",
-        ]
-    )
-
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """What a view takes from one source."""
+class Program:
+    """steps: temporary tables to create, in this order. rows: the last query.
 
-    number: int
-    source: Source
-    features: Sequence[Feature]
+    rows has row_id, and c0, c1, ... DOUBLE for the view's columns, in any order of rows; entities that nothing was
+    known of are absent.
+    """
 
-    @property
-    def history(self) -> str:
-        return f"history_{self.number}"
-
-    @property
-    def place(self) -> str:
-        return f"place_{self.number}"
-
-    @property
-    def windows(self) -> Sequence[str]:
-        return _distinct(feature.window for feature in self.features if feature.window)
-
-    @property
-    def summed(self) -> Sequence[str]:
-        """Values that are aggregated over windows."""
-        return _distinct(feature.value for feature in self.features if feature.window and feature.value)
-
-    @property
-    def kept(self) -> Sequence[str]:
-        """Values whose last one is wanted."""
-        return _distinct(feature.value for feature in self.features if feature.aggregate is Aggregate.LAST)
-
-    def at(self, window: str = "") -> str:
-        """The alias of the history as of the moment, or as of the beginning of a window."""
-        return f"{self.history}_{window}" if window else f"{self.history}_now"
+    steps: Sequence[Step]
+    rows: str
 
 
-def _parts(view: View) -> list[_Part]:
-    return [
-        _Part(number, source, [feature for feature in view.features if feature.source.name == source.name])
-        for number, source in enumerate(view.sources)
+def program(view: View, relation_of: RelationOf, dialect: Dialect = DUCKDB, clock: Clock = Clock.KNOWN) -> Program:
+    """A view's features for every row of the spine."""
+    readings = [
+        Reading(number, view, source, relation_of(source), dialect, clock) for number, source in enumerate(view.sources)
     ]
+    steps = [(name, dialect.write(query)) for name, query in _asked()]
+    fragments: list[Fragment] = []
+    for reading in readings:
+        steps += [*reading.steps(), _begun(reading)]
+        for compiled in (sql_tiles, sql_latest, sql_sketches):
+            fragments += compiled.fragments(reading)
+    steps += [step for fragment in fragments for step in fragment.steps]
+    return Program(steps, dialect.write(_rows(view, readings, fragments)))
 
 
-def _distinct(names: Iterable[str]) -> Sequence[str]:
-    return list(dict.fromkeys(names))
+def needed(view: View, source: Source, clock: Clock = Clock.KNOWN) -> dict[str, Kind | None]:
+    """The source's own columns that the view reads; None for those that order its events."""
+    names = [view.entity, *(f.value for f in view.of(source) if f.value)]
+    made = {value.name: source.expression(value) for value in source.made if value.name in names}
+    read = [*(made.values()), *filter(None, [source.condition()])]
+    kinds = {name: source.columns[name] for name in names if name not in made}
+    kinds |= {name: source.columns[name] for expression in read for name in expression.columns}
+    keys = {source.known_us, source.sequence, source.event_us if clock is Clock.EVENT else source.known_us}
+    return kinds | dict.fromkeys(sorted(keys))
 
 
-def _before(window: str = "") -> str:
-    return f"before_{window}" if window else "before"
+def known_entities(view: View, source: Source, relation: str, moment_us: int) -> str:
+    """A query for the entities of events that were known before the moment: id and at_us; DuckDB's."""
+    reading = Reading(0, view, source, relation, DUCKDB, Clock.KNOWN)
+    return f"SELECT entity_id AS id, at_us FROM {reading.selected({})} AS events WHERE at_us < {moment_us}"  # noqa: S608
 
 
-def _history(part: _Part, entity: str, relation: str) -> str:
-    source = part.source
-    in_order = f"PARTITION BY entity_id ORDER BY known_us, {source.sequence}"
-    so_far = f"OVER ({in_order} ROWS UNBOUNDED PRECEDING)"
-    events = [f"{entity} AS entity_id", f"{source.known_us} AS known_us", source.sequence]
-    events += [
-        f"CASE WHEN {value} {_FINITE} THEN CAST({value} AS DOUBLE) END AS {value}"
-        for value in _distinct([*part.summed, *part.kept])
-    ]
-    # sums are of differences to the entity's first value: the squares of large, close numbers would cancel
-    pivots = [f"coalesce(first_value({value} IGNORE NULLS) {so_far}, 0) AS pivot_{value}" for value in part.summed]
-    columns = ["entity_id", "known_us", f"row_number() OVER ({in_order}) AS nth"]
-    columns += [f"{value} AS last_{value}" for value in part.kept]
-    for value in part.summed:
-        off = f"({value} - pivot_{value})"
-        columns += [
-            f"pivot_{value}",
-            f"count({value}) {so_far} AS n_{value}",
-            f"coalesce(sum({off}) {so_far}, 0) AS sum_{value}",
-            f"coalesce(sum({off} * {off}) {so_far}, 0) AS squares_{value}",
-        ]
-    return f"""
-WITH events AS (
-    SELECT {", ".join(events)}
-    FROM {relation}
-    WHERE {entity} IN (SELECT entity_id FROM moments)
-), pivoted AS (
-    SELECT {", ".join(["*", *pivots])} FROM events
-)
-SELECT {", ".join(columns)} FROM pivoted"""  # noqa: S608
+def _asked() -> Iterator[Step]:
+    ids = f"SELECT DISTINCT entity_id FROM {SPINE} WHERE entity_id IS NOT NULL"  # noqa: S608
+    yield ENTITIES, f"SELECT entity_id, row_number() OVER (ORDER BY entity_id) AS e FROM ({ids}) AS ids"  # noqa: S608
+    asked = f"SELECT s.row_id, n.e, s.as_of_us AS t FROM {SPINE} AS s"  # noqa: S608
+    yield "asked", f"{asked} JOIN {ENTITIES} AS n ON n.entity_id = s.entity_id"
+    yield MOMENTS, "SELECT DISTINCT e, t FROM asked"
 
 
-def _place(part: _Part) -> str:
-    offsets = {window: window_us(window) if window else 0 for window in ("", *part.windows)}
-    befores = [f"max(CASE WHEN offset_us = {us} THEN before END) AS {_before(w)}" for w, us in offsets.items()]
-    # at the same microsecond a boundary (0) comes before the events (1), which are not yet known at it
-    return f"""
-WITH line AS (
-    SELECT entity_id, known_us AS at_us, 1 AS is_event, 0 AS as_of_us, 0 AS offset_us FROM {part.history}
-    UNION ALL
-    SELECT entity_id, as_of_us - offset_us, 0, as_of_us, offset_us
-    FROM moments CROSS JOIN (VALUES {", ".join(f"({us})" for us in offsets.values())}) AS boundaries (offset_us)
-), counted AS (
-    SELECT entity_id, as_of_us, offset_us, is_event, CAST(sum(is_event) OVER (
-        PARTITION BY entity_id ORDER BY at_us, is_event ROWS UNBOUNDED PRECEDING) AS BIGINT) AS before
-    FROM line
-)
-SELECT entity_id, as_of_us, {", ".join(befores)}
-FROM counted WHERE is_event = 0 GROUP BY entity_id, as_of_us"""  # noqa: S608
+def _begun(reading: Reading) -> Step:
+    """Since when anything is known of an entity."""
+    query = f"SELECT e, min(at_us) AS begun_us FROM {reading.events} GROUP BY e"  # noqa: S608
+    return reading.step(_begun_table(reading), query)
 
 
-def _joins(part: _Part) -> list[str]:
-    """The places of a spine row, and the history at each of them; nothing where no event came before."""
-    place = part.place
-    same_moment = f"{place}.entity_id = {SPINE}.entity_id AND {place}.as_of_us = {SPINE}.as_of_us"
-    joins = [f"LEFT JOIN {place} ON {same_moment}"]
-    for window in ("", *part.windows):
-        at = part.at(window)
-        same_place = f"{at}.entity_id = {SPINE}.entity_id AND {at}.nth = {place}.{_before(window)}"
-        joins.append(f"LEFT JOIN {part.history} AS {at} ON {same_place}")
-    return joins
+def _begun_table(reading: Reading) -> str:
+    return reading.table("begun")
 
 
-def _column(feature: Feature, part: _Part) -> str:
-    now, then, value = part.at(), part.at(feature.window), feature.value
-
-    def within(total: str) -> str:
-        return f"(coalesce({now}.{total}, 0) - coalesce({then}.{total}, 0))"
-
-    if feature.aggregate is Aggregate.LAST:
-        return f"{now}.last_{value}"
-    if feature.aggregate is Aggregate.AGE_S:
-        return f"({SPINE}.as_of_us - {now}.known_us) / 1e6"
-    if feature.aggregate is Aggregate.COUNT:
-        return within(f"n_{value}" if value else "nth")
-    n = f"nullif({within(f'n_{value}')}, 0)"
-    mean = f"{within(f'sum_{value}')} / {n}"
-    if feature.aggregate is Aggregate.MEAN:
-        return f"{now}.pivot_{value} + {mean}"
-    variance = f"({within(f'squares_{value}')} / {n} - {mean} * ({mean}))"
-    return f"sqrt(CASE WHEN {variance} < 0 THEN 0 ELSE {variance} END)"  # rounding may leave less than nothing
+def _rows(view: View, readings: Sequence[Reading], fragments: Sequence[Fragment]) -> str:
+    found = {column: expression for fragment in fragments for column, expression in fragment.columns.items()}
+    columns = ["asked.row_id"]
+    columns += [f"CAST({found[column]} AS DOUBLE) AS c{at}" for at, column in enumerate(view.columns)]
+    begun = [_begun_table(reading) for reading in readings]
+    joins = [f"LEFT JOIN {table} ON {table}.e = asked.e" for table in begun]
+    for table in dict.fromkeys(fragment.table for fragment in fragments):
+        # the running totals of a tile also end where no moment is
+        moment = f" AND {table}.k = 0" if table.startswith("running") else ""
+        joins.append(f"LEFT JOIN {table} ON {table}.e = asked.e AND {table}.t = asked.t{moment}")
+    known = " OR ".join(f"{table}.begun_us < asked.t" for table in begun)
+    return "\n".join([f"SELECT {', '.join(columns)}", "FROM asked", *joins, f"WHERE {known}"])

@@ -1,110 +1,78 @@
-"""The online store: one packed row per view and entity, and one registry of the views that can be read.
+"""The online store: one packed row per view and entity.
 
-tf:<mesh>:<view>:{<entity_id>}   a packed row; the braces keep an entity's views on one shard of a cluster
-tf:<mesh>:views                  hash: view name -> JSON of PublishedView
+tf:<mesh>:<view>:{<entity_id>}       a row of generation 0: written one by one, never loaded as a whole
+tf:<mesh>:<generation>{<entity_id>}  a row of a later generation, whose number, to base 36, is the view's alone
+tf:<mesh>:views                      what can be read: see catalogue.py
+
+The braces keep an entity's views on one node of a cluster. Keys are short because each is held in memory once per row,
+in steps of 16 bytes or more: with Valkey 9, one of 21 bytes costs no more than one of 10.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from services.feature.packed import EVENT_AT, RowLayout
+from services.feature.catalogue import Catalogue, Pointer, Published, PublishedView
+from services.feature.generations import Generation, over
+from services.feature.packed import RowLayout
 from services.feature.schema import ViewSchema
-from services.feature.valkey import CommandError, Commands, Word
+from services.feature.table import Table
+from services.resilience.errors import CallError, Unavailable
 
 log = logging.getLogger(__name__)
 
+__all__ = ["GRACE_S", "MAX_ID_BYTES", "OnlineStore", "Published", "PublishedView", "expiries_ms"]
+
 MAX_ID_BYTES = 256
-# one script call or MGET holds the store's only thread; longer ones let nobody else in
-_ROWS_PER_WRITE = 128
-_KEYS_PER_READ = 4096
-_WRITES_AT_ONCE = 4
+GRACE_S = 30.0  # many times as long as readers take to learn of a new generation
+_SURELY_SHORT = MAX_ID_BYTES // 4  # characters of at most 4 bytes each
 _WRITE_TIMEOUT_S = 10.0
+_LOAD_TIMEOUT_S = 60.0
+_DROP_TIMEOUT_S = 600.0  # it takes pauses
 _SLACK_S = 3600.0
-
-# A row is replaced unless it has the same schema and has counted later events. A row of another schema can no longer
-# be read, so it never stands in the way. ARGV: the rows, then one expiry in milliseconds since 1970 per row, 0 for
-# none. Answers how many rows were kept.
-_KEEP_NEWEST = f"""
-local n, kept = #KEYS, 0
-for i = 1, n do
-  local row, old = ARGV[i], redis.call('GETRANGE', KEYS[i], 0, {EVENT_AT + 7})
-  if #old < {EVENT_AT + 8} or string.sub(old, 1, {EVENT_AT}) ~= string.sub(row, 1, {EVENT_AT})
-     or struct.unpack('<i8', old, {EVENT_AT + 1}) <= struct.unpack('<i8', row, {EVENT_AT + 1}) then
-    if ARGV[n + i] == '0' then
-      redis.call('SET', KEYS[i], row)
-    else
-      redis.call('SET', KEYS[i], row, 'PXAT', ARGV[n + i])
-    end
-    kept = kept + 1
-  end
-end
-return kept
-"""
-_KEEP_NEWEST_SHA = hashlib.sha1(_KEEP_NEWEST.encode(), usedforsecurity=False).hexdigest()
-
-
-class PublishedView(msgspec.Struct, frozen=True):
-    """One view as the registry holds it.
-
-    schema_hash: 16 hexadecimal digits, as JSON readers elsewhere round large numbers.
-    watermark_us: microseconds since 1970 UTC up to which the newest materialisation counted events.
-    rows: how many it wrote.
-    """
-
-    name: str
-    entity: str
-    columns: list[str]
-    ttl_s: float
-    schema_hash: str
-    watermark_us: int
-    rows: int
-
-    def schema(self) -> ViewSchema:
-        """Raises ValueError where the recorded hash is not that of the recorded columns."""
-        schema = ViewSchema(self.name, self.entity, tuple(self.columns), self.ttl_s)
-        if f"{schema.schema_hash:016x}" != self.schema_hash:
-            raise ValueError(f"schema_hash must be {schema.schema_hash:016x}, got {self.schema_hash}")
-        return schema
+_ROWS_PER_LOAD = 4096
+_LOADS_AT_ONCE = 2
+_BELIEVED_S = 1.0  # how long a writer believes which generation is published: far less than a grace
+_MOST_MOVES = 4
+_ROWS_VERIFIED = 256
 
 
 class OnlineStore:
-    """The rows and views of one mesh in Valkey."""
+    """The rows and views of one mesh in a table. Belongs to one event loop."""
 
-    def __init__(self, valkey: Commands, mesh: str) -> None:
-        """mesh: its name in tenfold.toml; meshes share a store without seeing each other."""
-        self._valkey = valkey
-        self._prefix = f"tf:{mesh}:"
-        self._registry = f"tf:{mesh}:views"
-        self._unreadable_views: set[bytes] = set()
+    def __init__(self, table: Table, mesh: str) -> None:
+        """mesh: its name in tenfold.toml; meshes share a table without seeing each other."""
+        self._table = table
+        self.prefix = f"tf:{mesh}:"
+        """What every key begins with."""
+        self._catalogue = Catalogue(table, f"tf:{mesh}:views")
+        self._pointers: dict[str, tuple[float, Pointer | None]] = {}  # with when they were read
 
-    def key_prefix(self, view: str) -> str:
+    def key_prefix(self, view: str, generation: int = 0) -> str:
         """Followed by the entity id and a closing brace, the key of a row."""
-        return f"{self._prefix}{view}:{{"
+        return f"{self.prefix}{np.base_repr(generation, 36).lower()}{{" if generation else f"{self.prefix}{view}:{{"
 
     async def ping(self, timeout_s: float) -> None:
-        await self._valkey.call("PING", timeout_s=timeout_s)
+        await self._table.ping(timeout_s)
 
-    async def fetch(self, keys: Sequence[str], timeout_s: float) -> list[bytes | None]:
-        """The value of each key, None where there is none: one MGET, or several where keys are very many.
+    def fetch(self, keys: Sequence[str], timeout_s: float) -> Coroutine[Any, Any, list[bytes | None]]:
+        """The value of each key, None where there is none. Raises what `Table.fetch` raises."""
+        return self._table.fetch(keys, timeout_s)
 
-        Raises Unavailable, DeadlineExceeded or Refused as `Valkey.call` does.
-        """
-        if len(keys) <= _KEYS_PER_READ:
-            return cast("list[bytes | None]", await self._valkey.call("MGET", *keys, timeout_s=timeout_s))
-        parts = [keys[start : start + _KEYS_PER_READ] for start in range(0, len(keys), _KEYS_PER_READ)]
-        replies = [self._valkey.call("MGET", *part, timeout_s=timeout_s) for part in parts]
-        return list(itertools.chain.from_iterable(await asyncio.gather(*replies)))
+    def keys(self, timeout_s: float) -> AsyncIterator[list[str]]:
+        """The keys of all rows, and of what else the mesh keeps: see `Table.keys`."""
+        return self._table.keys(self.prefix, timeout_s)
+
+    async def views(self, timeout_s: float = 1.0) -> list[PublishedView]:
+        """Every published view, by name. One that cannot be read is left out and logged once."""
+        return await self._catalogue.views(timeout_s)
 
     async def write(
         self,
@@ -114,42 +82,143 @@ class OnlineStore:
         values: NDArray[np.floating],
         null: NDArray[np.bool_] | None = None,
     ) -> int:
-        """Stores a row per entity; how many were kept: a row that has counted later events is never overwritten.
+        """Stores a row per entity where the view is read; how many were kept: a row that has counted later events is
+        never overwritten.
 
         event_us, values, null: see RowLayout.pack. Rows leave the store one TTL after they expired, and at least an
         hour after, so that readers can tell EXPIRED from MISSING. Rows that are that old when written belong to a
         replay of the past and stay.
-        Raises ValueError before anything is written, or what `fetch` raises; writing the same rows again is harmless.
+        Where another generation is published meanwhile, the rows are written again, into that. What is written
+        between the watermark of a generation and its publication stays behind in the one before.
+        Raises ValueError before anything is written, BadInput where the published generation has another schema, or
+        what the table raises; writing the same rows again is harmless.
         """
-        if len(entity_ids) != len(values):
-            raise ValueError(f"there must be one entity id per row, got {len(entity_ids)} ids and {len(values)} rows")
-        for entity_id in entity_ids:
-            if not 0 < len(entity_id.encode()) <= MAX_ID_BYTES:
-                raise ValueError(f"an entity id must have 1 to {MAX_ID_BYTES} bytes, got {entity_id[:64]!r}")
+        _check_ids(entity_ids, len(values))
         now_us = time.time_ns() // 1000
-        rows = RowLayout(schema).pack(event_us, values, now_us, null)
-        prefix = self.key_prefix(schema.name)
-        keys = [f"{prefix}{entity_id}}}" for entity_id in entity_ids]
+        rows = RowLayout(schema).pack(event_us, values, null)
         expiries = expiries_ms(schema.ttl_s, event_us, now_us, len(rows))
-        starts = range(0, len(rows), _ROWS_PER_WRITE)
-        chunks = (slice(start, start + _ROWS_PER_WRITE) for start in starts)
-        kept = 0
-        while group := list(itertools.islice(chunks, _WRITES_AT_ONCE)):
-            counts = await asyncio.gather(*(self._keep_newest(keys[c], rows[c], expiries[c]) for c in group))
-            kept += sum(counts)
-        return kept
+        generation = await self._written_generation(schema, _BELIEVED_S)
+        for _ in range(_MOST_MOVES):
+            keys = self._keys(schema.name, generation, entity_ids)
+            kept = await self._table.keep_newest(keys, rows, expiries, _WRITE_TIMEOUT_S)
+            # after the rows: only now is it known that readers were still sent there
+            now = await self._written_generation(schema)
+            if now == generation:
+                return kept
+            generation = now
+        raise Unavailable(f"view {schema.name!r} was published anew {_MOST_MOVES} times during one write")
 
-    async def publish(self, schemas: Sequence[ViewSchema], watermark_us: int, rows: Mapping[str, int]) -> None:
-        """Makes views readable, or replaces how they are read; other views stay as they are.
+    async def next_generation(self) -> int:
+        """The number that the generation begun next will have, unless somebody else begins one first."""
+        return await self._catalogue.next_number()
+
+    async def begin(self, schema: ViewSchema) -> int:
+        """The number of a new generation, to be loaded and published within a day.
+
+        Where several of a view were begun and never published, the oldest are taken for crashed and removed.
+        """
+        number = await self._catalogue.begin(schema.name)
+        await self._tidy([schema.name], GRACE_S)
+        return number
+
+    async def load(
+        self,
+        schema: ViewSchema,
+        generation: int,
+        entity_ids: Sequence[str],
+        event_us: int | NDArray[np.int64],
+        values: NDArray[np.floating],
+        null: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Stores a row per entity in a generation that was begun and is not published.
+
+        event_us, values, null: see RowLayout.pack. Rows do not expire one by one: a generation leaves as a whole.
+        Raises ValueError for what does not fit, perhaps after the rows before it were stored, or what the table
+        raises; loading the same rows again is harmless.
+        """
+        _check_ids(entity_ids, len(values))
+        _check_begun(generation)
+        layout = RowLayout(schema)
+        times = np.broadcast_to(np.asarray(event_us), (len(values),))
+        under_way: list[asyncio.Task[None]] = []
+        try:
+            for start in range(0, len(values), _ROWS_PER_LOAD):
+                part = slice(start, start + _ROWS_PER_LOAD)
+                rows = layout.pack(times[part], values[part], None if null is None else null[part])
+                keys = self._keys(schema.name, generation, entity_ids[part])
+                if len(under_way) == _LOADS_AT_ONCE:
+                    await under_way.pop(0)
+                under_way.append(asyncio.create_task(self._table.load(keys, rows, _LOAD_TIMEOUT_S)))
+                await asyncio.sleep(0)  # the store works on these while the next are packed
+            while under_way:
+                await under_way.pop(0)
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)  # no failure is left unheard
+
+    async def verify(
+        self,
+        schema: ViewSchema,
+        generation: int,
+        entity_ids: Sequence[str],
+        event_us: int | NDArray[np.int64],
+        values: NDArray[np.floating],
+        null: NDArray[np.bool_] | None = None,
+    ) -> int:
+        """Reads some of the rows back, evenly spread; how many. The arguments are those of `load`.
+
+        Raises Unavailable naming the first entity whose row does not unpack to what was loaded.
+        """
+        _check_ids(entity_ids, len(values))
+        _check_begun(generation)
+        if not len(values):
+            return 0
+        picked = np.unique(np.linspace(0, len(values) - 1, _ROWS_VERIFIED).astype(np.int64))
+        times = np.broadcast_to(np.asarray(event_us, np.int64), (len(values),))[picked]
+        layout = RowLayout(schema)
+        loaded = layout.pack(times, values[picked], None if null is None else null[picked])
+        ids = [entity_ids[at] for at in picked]
+        stored = await self._table.fetch(self._keys(schema.name, generation, ids), _WRITE_TIMEOUT_S)
+        for entity_id, moment_us, *both in zip(ids, times.tolist(), loaded, stored, strict=True):
+            expected, found = (layout.unpack([row], moment_us, foreign_is_missing=True) for row in both)
+            if (expected.values, expected.status, expected.event_us) != (found.values, found.status, found.event_us):
+                told = f"the row of {entity_id!r} in generation {generation} of view {schema.name!r}"
+                raise Unavailable(f"{told} is {'missing' if both[1] is None else 'not what was loaded'}")
+        return len(ids)
+
+    async def publish(
+        self,
+        schemas: Sequence[ViewSchema],
+        watermark_us: int,
+        rows: Mapping[str, int],
+        generations: Mapping[str, int] | None = None,
+        *,
+        kind: str = "row",
+        even_if_older: bool = False,
+        grace_s: float = GRACE_S,
+    ) -> Published:
+        """Makes views readable, or replaces how they are read, all in one step; other views stay as they are.
 
         Publish after the rows are written: readers interpret rows by what is published.
         rows: view name -> rows written; every view must be there.
+        generations: view name -> the generation to read from now on; a view without one is read where it was.
+        kind: see PublishedView.
+        Where a later watermark is published already (of equal ones: a generation begun later), that stays and ours is
+        removed, unless even_if_older. So are generations that were replaced longer than grace_s ago, or whose loading
+        crashed. Whatever goes wrong with removing is left to the next publication.
+        Raises NotFound where a generation is not there, BadInput where a view without one changes its schema while it
+        has one, or what the table raises; then nothing is published. Publishing the same again is harmless.
         """
         if missing := [schema.name for schema in schemas if schema.name not in rows]:
             raise ValueError(f"rows must count every published view, got none for {', '.join(missing)}")
-        fields: list[Word] = []
-        for schema in schemas:
-            view = PublishedView(
+        if not schemas:
+            return Published({}, {})
+        numbers = generations or {}
+        for number in numbers.values():
+            _check_begun(number)
+        views = [
+            PublishedView(
                 name=schema.name,
                 entity=schema.entity,
                 columns=list(schema.columns),
@@ -157,37 +226,82 @@ class OnlineStore:
                 schema_hash=f"{schema.schema_hash:016x}",
                 watermark_us=watermark_us,
                 rows=rows[schema.name],
+                generation=numbers.get(schema.name, 0),
+                kind=kind,
+                defaults=tuple(schema.defaults),
+                definition=schema.meaning,
             )
-            fields += [schema.name, msgspec.json.encode(view)]
-        if fields:
-            await self._valkey.call("HSET", self._registry, *fields, timeout_s=_WRITE_TIMEOUT_S)
+            for schema in schemas
+        ]
+        done = await self._catalogue.publish(views, numbers.keys(), even_if_older)
+        self._pointers.clear()
+        await self._tidy(numbers, grace_s)
+        return done
 
-    async def views(self, timeout_s: float = 1.0) -> list[PublishedView]:
-        """Every published view, by name. One that cannot be read is left out and logged once."""
-        reply = await self._valkey.call("HGETALL", self._registry, timeout_s=timeout_s)
-        found: list[PublishedView] = []
-        for name, text in zip(reply[::2], reply[1::2], strict=True):
+    async def retire(self, view: str, generation: int, grace_s: float = GRACE_S) -> int:
+        """Removes a generation that was replaced, after grace_s from now; how many rows it had.
+
+        grace_s: longer than readers take to learn what is published.
+        Raises ValueError where the generation is published, or what the table raises: then the next publication
+        removes it.
+        """
+        await asyncio.sleep(grace_s)
+        return await self._remove(view, generation)
+
+    async def generations(self, view: str) -> Sequence[Generation]:
+        """Those that have rows in the store, or may have."""
+        listed, _ = await self._catalogue.listed(view)
+        return listed
+
+    async def _remove(self, view: str, generation: int) -> int:
+        await self._catalogue.give_up(view, generation)
+        count = await self._table.drop(self.key_prefix(view, generation), _DROP_TIMEOUT_S)
+        await self._catalogue.forget(view, generation)
+        log.info("generation removed", extra={"view": view, "generation": generation, "rows": count})
+        return count
+
+    async def _tidy(self, views: Iterable[str], grace_s: float) -> None:
+        """Removes what nobody reads any more."""
+        now_us = time.time_ns() // 1000
+        for view in views:
             try:
-                view = msgspec.json.decode(text, type=PublishedView)
-                view.schema()
-            except (ValueError, msgspec.DecodeError) as error:
-                if text not in self._unreadable_views:
-                    self._unreadable_views.add(text)
-                    extra = {"view": name.decode(errors="replace"), "reason": str(error)}
-                    log.warning("published view unreadable", extra=extra)
-                continue
-            found.append(view)
-        return sorted(found, key=lambda view: view.name)
+                listed, published = await self._catalogue.listed(view)
+                for number in over(listed, published, now_us, round(grace_s * 1e6)):
+                    await self._remove(view, number)
+            except CallError as error:
+                log.warning("old generations not removed", extra={"view": view, "reason": str(error)})
 
-    async def _keep_newest(self, keys: Sequence[str], rows: Sequence[bytes], expiries_ms: Sequence[int]) -> int:
-        words: tuple[Word, ...] = (len(keys), *keys, *rows, *expiries_ms)
-        try:
-            kept = await self._valkey.call("EVALSHA", _KEEP_NEWEST_SHA, *words, timeout_s=_WRITE_TIMEOUT_S)
-        except CommandError as error:
-            if error.code != "NOSCRIPT":
-                raise
-            kept = await self._valkey.call("EVAL", _KEEP_NEWEST, *words, timeout_s=_WRITE_TIMEOUT_S)
-        return int(kept)
+    async def _written_generation(self, schema: ViewSchema, at_most_s: float = 0.0) -> int:
+        """Where the view is read, as of at most so long ago; 0 where it is not published."""
+        read_at, pointer = self._pointers.get(schema.name, (-float("inf"), None))
+        now = time.monotonic()
+        if now - read_at >= at_most_s:
+            pointer = await self._catalogue.pointer(schema.name)
+            self._pointers[schema.name] = (now, pointer)
+        if pointer is None:
+            return 0
+        pointer.check(schema)
+        return pointer.generation
+
+    def _keys(self, view: str, generation: int, entity_ids: Sequence[str]) -> list[str]:
+        prefix = self.key_prefix(view, generation)
+        return [f"{prefix}{entity_id}}}" for entity_id in entity_ids]
+
+
+def _check_ids(entity_ids: Sequence[str], n: int) -> None:
+    if len(entity_ids) != n:
+        raise ValueError(f"there must be one entity id per row, got {len(entity_ids)} ids and {n} rows")
+    lengths = list(map(len, entity_ids))
+    if min(lengths, default=1) > 0 and max(lengths, default=1) <= _SURELY_SHORT:
+        return
+    for entity_id in entity_ids:
+        if not 0 < len(entity_id.encode()) <= MAX_ID_BYTES:
+            raise ValueError(f"an entity id must have 1 to {MAX_ID_BYTES} bytes, got {entity_id[:64]!r}")
+
+
+def _check_begun(generation: int) -> None:
+    if generation < 1:
+        raise ValueError(f"generation must be one that was begun, at least 1, got {generation}")
 
 
 def expiries_ms(ttl_s: float, event_us: int | NDArray[np.int64], now_us: int, n: int) -> list[int]:

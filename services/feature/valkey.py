@@ -12,16 +12,17 @@ import contextlib
 import logging
 import random
 import socket
+import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
 
-from services.resilience.errors import DeadlineExceeded, Reason, Refused, Unavailable
+from services.resilience.errors import CallError, DeadlineExceeded, Reason, Refused, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -34,22 +35,31 @@ MAX_SILENT_TIMEOUTS = 4  # commands in a row without a byte from the store: the 
 MAX_IN_FLIGHT = 4096  # commands, those that timed out and still hold a place included
 MAX_UNSENT_BYTES = 32 * 2**20
 _INCOMPLETE = object()
+_FULL_RETRY_S = 1.0  # a full store has room again when somebody makes some
 
 # its type stub knows commands of one word only
 _pack = cast("Callable[[tuple[Word, ...]], bytes]", hiredis.pack_command)
 
 
 class CommandError(Unavailable):
-    """The store answered a command with an error. code: its first word, for example "NOSCRIPT"."""
+    """The store answered a command with an error.
+
+    code: its first word, for example "NOSCRIPT". told: all of it.
+    """
 
     def __init__(self, address: str, reply: hiredis.ReplyError) -> None:
         super().__init__(f"the store at {address} answered: {reply}")
-        self.code = str(reply).partition(" ")[0]
+        self.told = str(reply)
+        self.code = self.told.partition(" ")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the store is. path: of a Unix socket; host and port are used where it is empty."""
+    """Where the store is.
+
+    path: of a Unix socket; host and port are used where it is empty.
+    tls: whether to speak TLS. ca: a file of certificates to trust instead of the system's.
+    """
 
     path: str = ""
     host: str = "localhost"
@@ -57,27 +67,28 @@ class Address:
     database: int = 0
     username: str = ""
     password: str = ""
+    tls: bool = False
+    ca: str = ""
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path else f"{self.host}:{self.port}"
 
     @classmethod
     def parse(cls, url: str) -> Address:
-        """From "unix:///path/valkey.sock?db=0" or "redis://user:password@host:port/0".
+        """From "unix:///path/valkey.sock?db=0", "redis://user:password@host:port/0" or "rediss://host?ca=/path".
 
         Raises ValueError saying what is allowed; the value is not repeated, as it may hold a password.
         """
         parts = urlsplit(url)
-        allowed = "must be unix:///path?db=N or redis://[user:password@]host[:port][/N]"
+        allowed = "must be unix:///path?db=N or redis[s]://[user:password@]host[:port][/N]"
+        options = parse_qs(parts.query)
         try:
             port = parts.port or 6379
-            if parts.scheme == "unix":
-                database = int(parse_qs(parts.query).get("db", ["0"])[0])
-            else:
-                database = int(parts.path.strip("/") or "0")
+            told = options.get("db", ["0"])[0] if parts.scheme == "unix" else parts.path.strip("/") or "0"
+            database = int(told)
         except ValueError as error:
             raise ValueError(f"the store's URL {allowed}: {error}") from None
-        if parts.scheme not in ("unix", "redis") or (parts.scheme == "unix" and not parts.path):
+        if parts.scheme not in ("unix", "redis", "rediss") or (parts.scheme == "unix" and not parts.path):
             raise ValueError(f"the store's URL {allowed}, got scheme {parts.scheme!r}")
         if database < 0:
             raise ValueError(f"the store's URL {allowed}, got database {database}")
@@ -88,6 +99,8 @@ class Address:
             database=database,
             username=unquote(parts.username or ""),
             password=unquote(parts.password or ""),
+            tls=parts.scheme == "rediss",
+            ca=options.get("ca", [""])[0] if parts.scheme == "rediss" else "",
         )
 
     def greeting(self) -> list[tuple[Word, ...]]:
@@ -99,9 +112,13 @@ class Address:
             commands.append(("SELECT", self.database))
         return [*commands, ("PING",)]
 
+    def trust(self) -> ssl.SSLContext | None:
+        """Raises OSError where the file of certificates cannot be read."""
+        return ssl.create_default_context(cafile=self.ca or None) if self.tls else None
+
 
 class Commands(Protocol):
-    """What the store needs of a client."""
+    """What a table needs of a client."""
 
     def call(self, *command: Word, timeout_s: float) -> Awaitable[Reply]: ...
 
@@ -109,9 +126,11 @@ class Commands(Protocol):
 class Valkey:
     """A connection that is kept open from `async with` until its end. Belongs to one event loop."""
 
-    def __init__(self, url: str, *, connect_timeout_s: float = 1.0, max_in_flight: int = MAX_IN_FLIGHT) -> None:
+    def __init__(
+        self, url: str | Address, *, connect_timeout_s: float = 1.0, max_in_flight: int = MAX_IN_FLIGHT
+    ) -> None:
         """url: see Address.parse. connect_timeout_s: for connecting and greeting. Raises ValueError."""
-        self._address = Address.parse(url)
+        self._address = Address.parse(url) if isinstance(url, str) else url
         self._connect_timeout_s = connect_timeout_s
         self._max_in_flight = max_in_flight
         self._link: _Link | None = None
@@ -126,12 +145,20 @@ class Valkey:
         CommandError where the store answers with an error. Raises Unavailable at once without a connection, and
         Refused where too much is under way.
         """
-        link = self._link
-        if link is None:
-            raise Unavailable(f"the store at {self._address} cannot be reached: {self._down_because}")
-        if len(link.waiting) >= self._max_in_flight or link.clogged:
-            raise Refused(Reason.QUEUE_FULL, f"{len(link.waiting)} commands wait for the store at {self._address}")
-        return link.send(command, timeout_s)
+        return self._open_link().send(command, timeout_s)
+
+    def pipeline(self, commands: Sequence[tuple[Word, ...]], timeout_s: float) -> asyncio.Future[list[Reply]]:
+        """The future replies to several commands, which leave together and count as one command under way.
+
+        Where the store answers a command with an error, that error stands in the place of its reply. Otherwise as
+        `call`. There must be at least one command.
+        """
+        return self._open_link().send_all(commands, timeout_s)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return self._link is None or not self._link.waiting
 
     async def connected(self, timeout_s: float) -> None:
         """Returns when there is a connection. Raises Unavailable saying why there is none after timeout_s."""
@@ -157,6 +184,14 @@ class Valkey:
             self._link.drop("closed")
             await self._link.closed
             self._link = None
+
+    def _open_link(self) -> _Link:
+        link = self._link
+        if link is None:
+            raise Unavailable(f"the store at {self._address} cannot be reached: {self._down_because}")
+        if len(link.waiting) >= self._max_in_flight or link.clogged:
+            raise Refused(Reason.QUEUE_FULL, f"{len(link.waiting)} commands wait for the store at {self._address}")
+        return link
 
     async def _keep_connected(self) -> None:
         pause_s = FIRST_RETRY_S
@@ -192,7 +227,7 @@ class Valkey:
             if address.path:
                 _, link = await loop.create_unix_connection(new_link, address.path)
             else:
-                _, link = await loop.create_connection(new_link, address.host, address.port)
+                _, link = await loop.create_connection(new_link, address.host, address.port, ssl=address.trust())
             try:
                 for command in address.greeting():
                     await link.send(command, self._connect_timeout_s)
@@ -202,11 +237,29 @@ class Valkey:
         return link
 
 
+def _error(address: str, reply: hiredis.ReplyError) -> CallError:
+    error = CommandError(address, reply)
+    if error.code != "OOM":
+        return error
+    # nothing is wrong with a full store but that it takes no more: it still answers reads
+    detail = f"the store at {address} is full (its maxmemory is reached) and takes no writes; reads go on"
+    return Refused(Reason.OVERLOADED, detail, _FULL_RETRY_S)
+
+
+class _Waiting(NamedTuple):
+    """Who waits for `wanted` replies. replies: those that came; None where a single one is wanted."""
+
+    future: asyncio.Future[Reply]
+    timer: asyncio.TimerHandle
+    wanted: int
+    replies: list[Reply] | None
+
+
 class _Link(asyncio.Protocol):
     """One connection, from connect to loss."""
 
     def __init__(self, address: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.waiting: deque[tuple[asyncio.Future[Reply], asyncio.TimerHandle]] = deque()
+        self.waiting: deque[_Waiting] = deque()
         self.clogged = False
         # why the connection ended
         self.closed: asyncio.Future[str] = loop.create_future()
@@ -217,12 +270,19 @@ class _Link(asyncio.Protocol):
         self._why = "the store closed the connection"
 
     def send(self, command: tuple[Word, ...], timeout_s: float) -> asyncio.Future[Reply]:
+        return self._write(_pack(command), 1, None, timeout_s)
+
+    def send_all(self, commands: Sequence[tuple[Word, ...]], timeout_s: float) -> asyncio.Future[list[Reply]]:
+        return self._write(b"".join(map(_pack, commands)), len(commands), [], timeout_s)
+
+    def _write(self, data: bytes, wanted: int, replies: list[Reply] | None, timeout_s: float) -> asyncio.Future[Reply]:
         if self.closed.done():
             raise Unavailable(f"the store at {self._address} cannot be reached: {self.closed.result()}")
-        reply: asyncio.Future[Reply] = self._loop.create_future()
-        self._transport.write(_pack(command))
-        self.waiting.append((reply, self._loop.call_later(timeout_s, self._expire, reply, timeout_s)))
-        return reply
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        self._transport.write(data)
+        timer = self._loop.call_later(timeout_s, self._expire, future, timeout_s)
+        self.waiting.append(_Waiting(future, timer, wanted, replies))
+        return future
 
     def drop(self, why: str) -> None:
         """Ends the connection now; everyone who waits hears why."""
@@ -255,21 +315,29 @@ class _Link(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         why = str(exc) if exc is not None else self._why
         self.closed.set_result(why)
-        for reply, timer in self.waiting:
+        for future, timer, _, _ in self.waiting:
             timer.cancel()
-            if not reply.done():
-                reply.set_exception(Unavailable(f"the connection to the store at {self._address} was lost: {why}"))
+            if not future.done():
+                future.set_exception(Unavailable(f"the connection to the store at {self._address} was lost: {why}"))
         self.waiting.clear()
 
     def _deliver(self, answer: Reply) -> None:
-        reply, timer = self.waiting.popleft()
-        timer.cancel()
-        if reply.done():  # timed out or cancelled: its answer comes too late, but in its own place
-            return
+        future, timer, wanted, replies = self.waiting[0]
         if isinstance(answer, hiredis.ReplyError):
-            reply.set_exception(CommandError(self._address, answer))
+            answer = _error(self._address, answer)
+        if replies is not None:
+            replies.append(answer)
+            if len(replies) < wanted:
+                return
+            answer = replies
+        self.waiting.popleft()
+        timer.cancel()
+        if future.done():  # timed out or cancelled: its answer comes too late, but in its own place
+            return
+        if isinstance(answer, CallError):
+            future.set_exception(answer)
         else:
-            reply.set_result(answer)
+            future.set_result(answer)
 
     def _expire(self, reply: asyncio.Future[Reply], timeout_s: float) -> None:
         if reply.done():

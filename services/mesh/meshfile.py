@@ -131,6 +131,17 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     max_missing: Fraction = 0.5
 
 
+class Features(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where feature definitions and events are.
+
+    definitions: a module with VIEWS, by its dotted name or as the path of a .py file.
+    offline: the folder of events, relative to the artefacts, or the URL of a file system ("s3://bucket/events").
+    """
+
+    definitions: str = ""
+    offline: str = "offline"
+
+
 class MeshFile(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file. artefacts: folder of models, priors and offline data, relative to TENFOLD_HOME."""
 
@@ -141,6 +152,7 @@ class MeshFile(Struct, frozen=True, forbid_unknown_fields=True):
     artefacts: str = ""
     services: list[Service] = []
     gateway: Gateway = Gateway()
+    features: Features = Features()
 
     def service(self, name: str) -> Service:
         """Its section, or the defaults."""

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.feature.schema import ViewSchema
 from services.feature.store import OnlineStore
 from services.feature.valkey import Valkey
+from services.feature.valkey_table import ValkeyTable
 from tenfold.feature.v1 import feature_pb2 as pb
 from tenfold.feature.v1 import feature_pb2_grpc
 from tests.conftest import ValkeyProcess
@@ -69,7 +70,7 @@ async def test_it_waits_for_its_store_serves_and_stops_clean(folder: Path, valke
         schema = ViewSchema("route", "route", ("late",))
         async with Valkey(valkey_process.url) as client:
             await client.connected(LONG_S)
-            store = OnlineStore(client, "flights")
+            store = OnlineStore(ValkeyTable(client), "flights")
             await store.write(schema, ["JFK-LAX"], 1_384_000_000_000_000, np.array([[0.5]]))
             await store.publish([schema], 1_384_000_000_000_000, {"route": 1})
         stub = feature_pb2_grpc.FeatureServiceStub(channel)

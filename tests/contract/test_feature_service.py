@@ -26,6 +26,7 @@ from services.feature.service import NAME, FeatureService
 from services.feature.settings import FeatureSettings
 from services.feature.store import OnlineStore
 from services.feature.valkey import Valkey
+from services.feature.valkey_table import ValkeyTable
 from services.mesh.serve import Offer, Server
 from tenfold.feature.v1 import feature_pb2 as pb
 from tenfold.feature.v1 import feature_pb2_grpc
@@ -83,8 +84,8 @@ async def serving(url: str, transport: str, **options: float) -> AsyncIterator[R
     )
     async with Valkey(url) as valkey, Valkey(url) as admin:
         await admin.connected(LONG_S)
-        await fill(OnlineStore(admin, "test"))
-        store = OnlineStore(valkey, "test")
+        await fill(OnlineStore(ValkeyTable(admin), "test"))
+        store = OnlineStore(ValkeyTable(valkey), "test")
         service = FeatureService(store, settings)
         add = feature_pb2_grpc.add_FeatureServiceServicer_to_server
         server = Server(settings.listen, [Offer(NAME, service, add)], transport)
@@ -308,6 +309,19 @@ async def test_a_changed_schema_is_honest_at_every_step(running: Running) -> Non
             await asyncio.sleep(0.01)
     assert (new.schema_hash, values(new)[0]) == (wider.schema_hash, [1.0, 2.0, 3.0])
     assert status(new) == [[OK] * 3, [MISSING] * 3]
+
+
+async def test_a_reader_whose_generation_is_gone_finds_the_new_one_by_itself(valkey: str, transport: str) -> None:
+    async with serving(valkey, transport, refresh_s=LONG_S) as running:
+        for value in (1.0, 2.0):
+            number = await running.store.begin(ROUTE)
+            await running.store.load(ROUTE, number, ["JFK-LAX"], EVENT_US, np.full((1, 2), value))
+            done = await running.store.publish([ROUTE], EVENT_US, {"route": 1}, {"route": number})
+            assert await running.store.retire("route", done.replaced["route"], grace_s=0.0) > 0
+            async with asyncio.timeout(LONG_S):  # what is published is read again at most once a second
+                while status(rows := (await running.get(keys("route", "JFK-LAX"))).views[0]) != [[OK, OK]]:
+                    assert status(rows) == [[MISSING, MISSING]]
+            assert values(rows) == [[value, value]]
 
 
 async def test_a_damaged_row_is_missing_counted_and_told_once(running: Running, caplog) -> None:

@@ -71,7 +71,7 @@ async def test_every_entity_known_by_the_moment_is_written_and_only_then_publish
 
 async def test_what_is_written_is_what_training_would_have_seen_at_that_moment(offline: OfflineStore) -> None:
     (rows,) = rows_at(offline, VIEWS[0], 10 * S)
-    seen = offline.compute(VIEWS[0], Spine(list(rows.entity_ids), np.full(2, 10 * S, dtype=np.int64)))
+    seen = offline.compute(VIEWS[0], Spine(list(rows.entity_ids), np.full(2, 10 * S, dtype=np.int64))).float32()
     assert rows.values.tobytes() == seen.tobytes()
 
 

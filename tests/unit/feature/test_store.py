@@ -51,7 +51,7 @@ def clock() -> Ticks:
 
 
 def registry_of(store: FakeStore, clock: Ticks) -> Registry:
-    return Registry(store.read, lambda view: f"tf:test:{view}:{{", clock)
+    return Registry(store.read, lambda view, generation: f"tf:test:{generation or view}:{{", clock)
 
 
 async def test_views_are_read_at_most_once_a_second_however_often_they_are_asked_for(clock: Ticks) -> None:
@@ -125,6 +125,7 @@ def test_rows_leave_the_store_a_while_after_they_expired_but_replayed_ones_stay(
         ("redis://store", Address(host="store")),
         ("redis://:s%40cret@store:7000/2", Address(host="store", port=7000, database=2, password="s@cret")),
         ("redis://me:secret@store", Address(host="store", username="me", password="secret")),
+        ("rediss://store:7001?ca=/c.pem", Address(host="store", port=7001, tls=True, ca="/c.pem")),
     ],
 )
 def test_a_store_is_named_by_url(url: str, address: Address) -> None:
@@ -132,7 +133,7 @@ def test_a_store_is_named_by_url(url: str, address: Address) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "store:6379", "rediss://store", "unix:", "redis://store/one", "redis://store:port", "unix:///v?db=-1"]
+    "url", ["", "store:6379", "http://store", "unix:", "redis://store/one", "redis://store:port", "unix:///v?db=-1"]
 )
 def test_a_url_that_names_no_store_is_refused_with_what_is_allowed(url: str) -> None:
     with pytest.raises(ValueError, match="must be unix:///path"):

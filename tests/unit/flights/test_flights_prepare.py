@@ -124,7 +124,7 @@ def test_a_boards_rows_are_what_compute_says_of_their_entities_at_that_moment(ho
         assert all(row.entity_id == flight.entities[view.entity] for flight, row in mine)
         assert all(row.event_us == flight.predict_at_us for flight, row in mine)
         moments = np.array([row.event_us for _, row in mine], dtype=np.int64)
-        expected = store.compute(view, Spine([row.entity_id for _, row in mine], moments))
+        expected = store.compute(view, Spine([row.entity_id for _, row in mine], moments)).float32()
         assert np.array([row.values for _, row in mine]).tobytes() == expected.tobytes()
 
 
@@ -193,5 +193,5 @@ async def test_the_store_is_filled_with_every_entity_as_of_the_base_moment(home:
         moments = np.full(len(ids), replay.BASE_MOMENT_US, dtype=np.int64)
         assert (
             np.array(list(online.rows[view.name].values())).tobytes()
-            == offline.compute(view, Spine(ids, moments)).tobytes()
+            == offline.compute(view, Spine(ids, moments)).float32().tobytes()
         )

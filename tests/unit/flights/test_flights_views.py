@@ -51,6 +51,8 @@ def test_what_is_not_known_at_the_moment_of_a_prediction_never_changes_its_featu
         ids = sorted({entity for entity in flights[view.entity].to_pylist() if entity})
         for moment_us, same in ((now, True), (now + 86_400_000_000, False)):
             spine = Spine(ids, np.full(len(ids), moment_us, dtype=np.int64))
-            so, otherwise = (OfflineStore(tmp_path / which).compute(view, spine) for which in ("so", "otherwise"))
+            so, otherwise = (
+                OfflineStore(tmp_path / which).compute(view, spine).float32() for which in ("so", "otherwise")
+            )
             assert np.isfinite(so).any()
             assert (so.tobytes() == otherwise.tobytes()) is same, view.name

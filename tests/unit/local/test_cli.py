@@ -24,7 +24,7 @@ def test_help_waits_for_nothing_that_it_does_not_need() -> None:
 def test_every_command_is_there() -> None:
     status, told = run("--help")
     assert status == 0
-    for command in ("up", "down", "status", "logs", "predict", "traces", "demo", "prepare", "validate"):
+    for command in ("up", "down", "status", "logs", "predict", "traces", "features", "demo", "prepare", "validate"):
         assert f"\n  {command} " in told
 
 
