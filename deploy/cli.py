@@ -7,7 +7,7 @@ import typer
 from deploy.local import commands as local
 from deploy.local import features as local_features
 from loadtest.traces import commands as traces
-from services.feature import commands as features
+from services.feature.commands import app as features
 
 app = typer.Typer(
     name="tenfold",

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from deploy.flights.data import INPUTS
 from deploy.flights.views import VIEWS
-from services.feature.definition import View
-from services.feature.materialize import Rows
-from services.feature.offline import OfflineStore, Spine
+from services.feature.define.definition import View
+from services.feature.offline.store import OfflineStore, Spine
+from services.feature.online.materialize import Rows
 
 ORIGINS = ("EWR", "JFK", "LGA")
 CARRIERS = ("9E", "AA", "AS", "B6", "DL", "EV", "F9", "FL", "HA", "MQ", "OO", "UA", "US", "VX", "WN", "YV")

@@ -28,9 +28,9 @@ from deploy.local.stop import stop
 from deploy.local.up import Wanted, bring_up
 from loadtest.driver import percentile
 from loadtest.traces import commands as traces
-from services.feature.store import OnlineStore
-from services.feature.valkey import Valkey
-from services.feature.valkey_table import ValkeyTable
+from services.feature.online.store import OnlineStore
+from services.feature.online.valkey import Valkey
+from services.feature.online.valkey_table import ValkeyTable
 from services.mesh.channels import Channel, open_channel
 from services.mesh.context import sampled_traceparent
 from services.mesh.errors import CalleeError

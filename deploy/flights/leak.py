@@ -31,10 +31,10 @@ from deploy.flights import evaluate, train
 from deploy.flights.dataset import Dataset, read_flights
 from deploy.flights.prepare import prepare
 from deploy.flights.views import VIEWS
-from services.feature.checks import Checked, training
-from services.feature.definitions import Definitions
-from services.feature.offline import Clock, OfflineStore
-from services.feature.training import Labels, Wanted, training_set
+from services.feature.check.checks import Checked, training
+from services.feature.define.definitions import Definitions
+from services.feature.offline.store import Clock, OfflineStore
+from services.feature.offline.training import Labels, Wanted, training_set
 
 _CHUNK_ROWS = 400_000  # all flights at once
 

@@ -34,13 +34,15 @@ if TYPE_CHECKING:
 
     from deploy.flights.dataset import Dataset
     from deploy.flights.train import Models
-    from services.feature.definition import View
+    from services.feature.define.definition import View
 
 FOLDER = "flights"
 _MODULES = ("data", "dataset", "evaluate", "graphs", "prepare", "train", "views")
 _FEATURE_MODULES = (
-    *("definition", "expression", "expression_reader", "expression_sql", "expression_tree", "materialize", "offline"),
-    *("offline_files", "rows", "schema", "sql", "sql_events", "sql_latest", "sql_sketches", "sql_tiles", "windows"),
+    *("define/definition", "define/expression", "define/expression_reader", "define/expression_sql"),
+    *("define/expression_tree", "define/rows", "define/schema", "define/windows"),
+    *("offline/files", "offline/sql", "offline/sql_events", "offline/sql_latest", "offline/sql_sketches"),
+    *("offline/sql_tiles", "offline/store", "online/materialize"),
 )
 _LIBRARIES = ("duckdb", "lightgbm", "numpy", "onnx", "scikit-learn", "sqlglot")
 # shares of the whole, as measured on two cores

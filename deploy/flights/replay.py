@@ -18,8 +18,8 @@ from deploy.flights.data import ENTITIES, INPUTS
 from deploy.flights.dataset import BASE_MOMENT_US
 from deploy.flights.prepare import FOLDER
 from deploy.flights.views import VIEWS
-from services.feature.materialize import OnlineWriter, Rows, in_chunks, write
-from services.feature.schema import ViewSchema
+from services.feature.define.schema import ViewSchema
+from services.feature.online.materialize import OnlineWriter, Rows, in_chunks, write
 
 NO_AIRCRAFT = "unknown"
 """The tailnum of a flight that no aircraft was recorded for; no view has a row for it."""

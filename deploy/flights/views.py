@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.feature.definition import Aggregate, Source, View, latest, windowed
+from services.feature.define.definition import Aggregate, Source, View, latest, windowed
 
 _ENTITIES = ("origin", "dest", "carrier", "carrier_origin", "route", "flight_no", "tailnum")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deploy.local.commands import mesh_file, told
 from deploy.local.folders import RunFolder, home, option
-from services.feature.place import Place
+from services.feature.commands.place import Place
 
 if TYPE_CHECKING:
     from deploy.local.state import State
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def place_of(chosen: Path | None, stack: str) -> Place:
     """Of the mesh file, else of the stack that runs. Ends the command with a clear line where the file is wrong."""
     from deploy.local import state
-    from services.feature.definitions import beside
+    from services.feature.define.definitions import beside
     from services.mesh import meshfile
 
     with told():

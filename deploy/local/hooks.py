@@ -50,9 +50,9 @@ class Flights:
     async def _fill(self, home: Path, store: str, tell: Tell) -> None:
         from deploy.flights import replay
         from deploy.flights.views import VIEWS
-        from services.feature.store import OnlineStore
-        from services.feature.valkey import Valkey
-        from services.feature.valkey_table import ValkeyTable
+        from services.feature.online.store import OnlineStore
+        from services.feature.online.valkey import Valkey
+        from services.feature.online.valkey_table import ValkeyTable
 
         async with Valkey(store) as valkey:
             await valkey.connected(5.0)

@@ -100,8 +100,8 @@ def components(
 
 def _has_streams(mesh: MeshFile, mesh_file: Path) -> bool:
     """Whether events are written to the store, which then has to keep every one that it acknowledged."""
-    from services.feature.definition import DefinitionError
-    from services.feature.definitions import beside, load
+    from services.feature.define.definition import DefinitionError
+    from services.feature.define.definitions import beside, load
 
     if not mesh.features.definitions:
         return False

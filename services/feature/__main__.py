@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from services.feature.definition import DefinitionError
-from services.feature.definitions import beside, load
+from services.feature.check.served import keeping
+from services.feature.define.definition import DefinitionError
+from services.feature.define.definitions import beside, load
+from services.feature.online.store import OnlineStore
+from services.feature.online.tables import can_be_followed, open_table
+from services.feature.online.tracking import cached
 from services.feature.onrequest import RequestViews
-from services.feature.served import keeping
 from services.feature.service import NAME, FeatureService
 from services.feature.settings import FeatureSettings
-from services.feature.store import OnlineStore
-from services.feature.streams import streaming
-from services.feature.tables import can_be_followed, open_table
-from services.feature.tracking import cached
+from services.feature.stream.streams import streaming
 from services.mesh.meshfile import MeshFile
 from services.mesh.process import main
 from services.mesh.serve import Offer, serve

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from services.feature.definition import INPUT
-from services.feature.definitions import Definitions
-from services.feature.events import Numbers
-from services.feature.expression import Expression, Kind
-from services.feature.packed import NULL, OK, Rows
-from services.feature.schema import ViewSchema
+from services.feature.define.definition import INPUT
+from services.feature.define.definitions import Definitions
+from services.feature.define.events import Numbers
+from services.feature.define.expression import Expression, Kind
+from services.feature.define.schema import ViewSchema
+from services.feature.online.packed import NULL, OK, Rows
 from services.resilience.errors import BadInput, NotFound, Violation
 from tenfold.feature.v1 import feature_pb2 as pb
 

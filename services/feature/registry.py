@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.feature.catalogue import PublishedView
-from services.feature.packed import RowLayout, Rows
-from services.feature.schema import ViewSchema
+from services.feature.define.schema import ViewSchema
+from services.feature.online.catalogue import PublishedView
+from services.feature.online.packed import RowLayout, Rows
 from services.resilience.call import Clock
 from services.resilience.errors import CallError, NotFound
 

@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import grpc
 
-from services.feature.cache import RowCache
+from services.feature.check.served import ServedLog
+from services.feature.online.cache import RowCache
+from services.feature.online.packed import Rows, SchemaChanged
+from services.feature.online.store import MAX_ID_BYTES, OnlineStore, PublishedView
+from services.feature.online.table import PartlyUnavailable
 from services.feature.onrequest import RequestViews
-from services.feature.packed import Rows, SchemaChanged
 from services.feature.registry import Plan, Registry, row_layout
-from services.feature.served import ServedLog
 from services.feature.settings import FeatureSettings
-from services.feature.store import MAX_ID_BYTES, OnlineStore, PublishedView
-from services.feature.streams import Streams
-from services.feature.table import PartlyUnavailable
+from services.feature.stream.streams import Streams
 from services.mesh import attributes
 from services.mesh.channels import MAX_MESSAGE_BYTES
 from services.mesh.serve import unary

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.feature.cache import CacheLimits
-from services.feature.tables import check_url
+from services.feature.online.cache import CacheLimits
+from services.feature.online.tables import check_url
 from services.mesh.settings import PREFIX, ServiceSettings, SettingsError
 from services.resilience.coalesce import Limits
 
@@ -18,15 +18,15 @@ class FeatureSettings(ServiceSettings):
     """Each field is read from TENFOLD_<NAME>.
 
     store: "unix:///path/valkey.sock", "redis://[user:password@]host[:port][/database]" (rediss for TLS),
-        "redis+cluster://[user:password@]host:port[,host:port...]" or "dynamodb://...": see services/feature/tables.py.
+        "redis+cluster://[user:password@]host:port[,host:port...]" or "dynamodb://...": see online/tables.py.
     store_timeout_s: how long the store may take for one read, seconds; a call with less time left waits less.
     refresh_s: how often the list of views is read again, seconds.
     max_rows: rows of one request, over all its views.
     max_batch, max_in_flight, max_waiting: how calls share reads of the store: see services/resilience/coalesce.py.
     cache_entries, cache_bytes: how many rows are kept in memory, and their size; 0 entries turn that off.
-    cache_max_age_s: longest use of a row in memory, seconds, whatever its store says: see services/feature/cache.py.
+    cache_max_age_s: longest use of a row in memory, seconds, whatever its store says: see online/cache.py.
 
-    Of the views that are maintained by stream, see services/feature/streams.py:
+    Of the views that are maintained by stream, see stream/streams.py:
     events_durability: "disk" takes events only while the store keeps what it acknowledged through a crash; "memory"
         takes them anyway, and a crash of the store loses some.
     max_log_events: events that a source's log may hold, waiting to be applied and archived; more are refused.

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from services.feature.schema import ViewSchema
+from services.feature.define.schema import ViewSchema
 from services.mesh.serve import unary
 from services.resilience.call import Call, Caller
 from services.resilience.errors import BadInput, NotFound, Reason, Refused, Unavailable, Violation

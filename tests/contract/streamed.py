@@ -12,18 +12,18 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from services.feature.archive import Archive
-from services.feature.definition import Aggregate, Source, View, latest, windowed
-from services.feature.definitions import Definitions
-from services.feature.log import EventLog
-from services.feature.rebuild import Builder, Built
+from services.feature.define.definition import Aggregate, Source, View, latest, windowed
+from services.feature.define.definitions import Definitions
+from services.feature.online.store import OnlineStore
+from services.feature.online.valkey import Valkey
+from services.feature.online.valkey_table import ValkeyTable
 from services.feature.service import NAME, FeatureService
 from services.feature.settings import FeatureSettings
-from services.feature.states import StateStore
-from services.feature.store import OnlineStore
-from services.feature.streams import Streams, streaming
-from services.feature.valkey import Valkey
-from services.feature.valkey_table import ValkeyTable
+from services.feature.stream.archive import Archive
+from services.feature.stream.log import EventLog
+from services.feature.stream.rebuild import Builder, Built
+from services.feature.stream.states import StateStore
+from services.feature.stream.streams import Streams, streaming
 from services.mesh.serve import Offer, Server
 from tenfold.feature.v1 import feature_pb2 as pb
 from tenfold.feature.v1 import feature_pb2_grpc

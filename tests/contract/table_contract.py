@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from services.feature.packed import RowLayout
-from services.feature.schema import ViewSchema
-from services.feature.table import Table
+from services.feature.define.schema import ViewSchema
+from services.feature.online.packed import RowLayout
+from services.feature.online.table import Table
 
 LONG_S = 20.0
 EVENT_US = 1_384_000_000_000_000

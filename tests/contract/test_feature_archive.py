@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from services.feature.applier import Gap
-from services.feature.archive import Archive, Range, table_of
-from services.feature.definition import Aggregate, Source, View, windowed
-from services.feature.log import Entry, EventLog, Group, Logged
-from services.feature.offline import OfflineStore, Spine
-from services.feature.packed import MISSING, OK
-from services.feature.states import StateStore
-from services.feature.valkey import Commands, Reply, Valkey, Word
+from services.feature.define.definition import Aggregate, Source, View, windowed
+from services.feature.offline.store import OfflineStore, Spine
+from services.feature.online.packed import MISSING, OK
+from services.feature.online.valkey import Commands, Reply, Valkey, Word
+from services.feature.stream.applier import Gap
+from services.feature.stream.archive import Archive, Range, table_of
+from services.feature.stream.log import Entry, EventLog, Group, Logged
+from services.feature.stream.states import StateStore
 from services.resilience.errors import Unavailable
 from tests.conftest import ValkeyProcess
 from tests.contract.streamed import (

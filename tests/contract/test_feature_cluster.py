@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.feature.cluster import ClusterTable, seeds_of
+from services.feature.online.cluster import ClusterTable, seeds_of
+from services.feature.online.slots import SLOTS, Node, owners, redirection, slot_of
+from services.feature.online.store import OnlineStore
+from services.feature.online.table import PartlyUnavailable
+from services.feature.online.tables import check_url, open_table
+from services.feature.online.valkey import Address, Valkey
+from services.feature.online.valkey_table import ValkeyTable
 from services.feature.service import FeatureService
 from services.feature.settings import FeatureSettings
-from services.feature.slots import SLOTS, Node, owners, redirection, slot_of
-from services.feature.store import OnlineStore
-from services.feature.table import PartlyUnavailable
-from services.feature.tables import check_url, open_table
-from services.feature.valkey import Address, Valkey
-from services.feature.valkey_table import ValkeyTable
 from services.resilience.call import Call, Caller
 from services.resilience.errors import CallError, DeadlineExceeded, Refused, Unavailable
 from tests.contract import valkey_cluster

@@ -13,20 +13,20 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
-from services.feature import loading
-from services.feature.commands import commands
-from services.feature.definitions import load
-from services.feature.moments import moment_us
-from services.feature.offline import OfflineStore
-from services.feature.place import Place
-from services.feature.reach import Reached, reach
-from services.feature.store import OnlineStore
+from services.feature.commands.app import commands
+from services.feature.commands.moments import moment_us
+from services.feature.commands.place import Place
+from services.feature.commands.reach import Reached, reach
+from services.feature.define.definitions import load
+from services.feature.offline.store import OfflineStore
+from services.feature.online import loading
+from services.feature.online.store import OnlineStore
 from services.resilience.errors import Unavailable
 
 S = 1_000_000
 T = TypeVar("T")
 DEFINITIONS = """
-from services.feature.definition import Aggregate, Source, View, latest, windowed
+from services.feature.define.definition import Aggregate, Source, View, latest, windowed
 
 TRIPS = Source("trips", "trips/*.parquet", "at_us", "at_us", "seq", entities=("driver", "car"), values=("fare",))
 VIEWS = (

@@ -15,13 +15,13 @@ import grpc
 import numpy as np
 import pytest
 
-from services.feature.applier import Applier, StreamView
-from services.feature.kernel import ViewKernel
-from services.feature.log import EventLog, Group, Logged
-from services.feature.states import StateStore
-from services.feature.store import OnlineStore
-from services.feature.valkey import Valkey
-from services.feature.valkey_table import ValkeyTable
+from services.feature.online.store import OnlineStore
+from services.feature.online.valkey import Valkey
+from services.feature.online.valkey_table import ValkeyTable
+from services.feature.stream.applier import Applier, StreamView
+from services.feature.stream.log import EventLog, Group, Logged
+from services.feature.stream.states import StateStore
+from services.feature.tiles.kernel import ViewKernel
 from tenfold.feature.v1 import feature_pb2 as pb
 from tenfold.feature.v1 import feature_pb2_grpc
 from tests.conftest import ValkeyProcess

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from aiobotocore.session import get_session
 
-from services.feature.dynamodb import MAX_COMPARED, MAX_FIELDS, MAX_ITEM_BYTES, DynamoTable
-from services.feature.packed import RowLayout
-from services.feature.store import OnlineStore
-from services.feature.table import Table
+from services.feature.online.dynamodb import MAX_COMPARED, MAX_FIELDS, MAX_ITEM_BYTES, DynamoTable
+from services.feature.online.packed import RowLayout
+from services.feature.online.store import OnlineStore
+from services.feature.online.table import Table
 from services.resilience.errors import DeadlineExceeded, Reason, Refused, Unavailable
 from tests.contract.dynamo_server import Body, Forward, Throttled, emulator, in_front_of
 from tests.contract.table_contract import CHECKS, EVENT_US, LONG_S, SCHEMA, Check, keep, row

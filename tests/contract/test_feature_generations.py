@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from services.feature import generations
-from services.feature.generations import UNREAD, Generation
-from services.feature.packed import RowLayout
-from services.feature.schema import ViewSchema
-from services.feature.store import OnlineStore, PublishedView
-from services.feature.valkey import Valkey
-from services.feature.valkey_table import ValkeyTable
+from services.feature.define.schema import ViewSchema
+from services.feature.online import generations
+from services.feature.online.generations import UNREAD, Generation
+from services.feature.online.packed import RowLayout
+from services.feature.online.store import OnlineStore, PublishedView
+from services.feature.online.valkey import Valkey
+from services.feature.online.valkey_table import ValkeyTable
 from services.resilience.errors import BadInput, NotFound, Refused, Unavailable
 
 LONG_S = 10.0

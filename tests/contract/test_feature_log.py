@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from services.feature.log import (
+from services.feature.online.valkey import Valkey
+from services.feature.stream.log import (
     MAX_SEQUENCE,
     Appended,
     EventLog,
@@ -19,7 +20,6 @@ from services.feature.log import (
     Promise,
     check_durable,
 )
-from services.feature.valkey import Valkey
 from services.resilience.errors import CallError
 from tests.conftest import ValkeyProcess
 

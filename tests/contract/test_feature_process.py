@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.feature.schema import ViewSchema
-from services.feature.store import OnlineStore
-from services.feature.valkey import Valkey
-from services.feature.valkey_table import ValkeyTable
+from services.feature.define.schema import ViewSchema
+from services.feature.online.store import OnlineStore
+from services.feature.online.valkey import Valkey
+from services.feature.online.valkey_table import ValkeyTable
 from tenfold.feature.v1 import feature_pb2 as pb
 from tenfold.feature.v1 import feature_pb2_grpc
 from tests.conftest import ValkeyProcess

@@ -11,16 +11,16 @@ import grpc
 import numpy as np
 import pytest
 
-from services.feature.definition import Aggregate, DefinitionError, RequestView, Source, Value, View, windowed
-from services.feature.definitions import Definitions
+from services.feature.check.served import ServedLog, read
+from services.feature.define.definition import Aggregate, DefinitionError, RequestView, Source, Value, View, windowed
+from services.feature.define.definitions import Definitions
+from services.feature.online.packed import NULL, OK
+from services.feature.online.store import OnlineStore
+from services.feature.online.valkey import Valkey
+from services.feature.online.valkey_table import ValkeyTable
 from services.feature.onrequest import RequestViews
-from services.feature.packed import NULL, OK
-from services.feature.served import ServedLog, read
 from services.feature.service import NAME, FeatureService
 from services.feature.settings import FeatureSettings
-from services.feature.store import OnlineStore
-from services.feature.valkey import Valkey
-from services.feature.valkey_table import ValkeyTable
 from services.mesh.serve import Offer, Server
 from tenfold.feature.v1 import feature_pb2 as pb
 from tenfold.feature.v1 import feature_pb2_grpc

@@ -20,13 +20,13 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.feature.packed import EXPIRED, MISSING, NULL, OK
-from services.feature.schema import ViewSchema
+from services.feature.define.schema import ViewSchema
+from services.feature.online.packed import EXPIRED, MISSING, NULL, OK
+from services.feature.online.store import OnlineStore
+from services.feature.online.valkey import Valkey
+from services.feature.online.valkey_table import ValkeyTable
 from services.feature.service import NAME, FeatureService
 from services.feature.settings import FeatureSettings
-from services.feature.store import OnlineStore
-from services.feature.valkey import Valkey
-from services.feature.valkey_table import ValkeyTable
 from services.mesh.serve import Offer, Server
 from tenfold.feature.v1 import feature_pb2 as pb
 from tenfold.feature.v1 import feature_pb2_grpc

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from services.feature.definition import Aggregate, Source, View, latest, windowed
-from services.feature.expression import Expression, Kind
-from services.feature.offline import Clock, OfflineStore, Spine
-from services.feature.rows import Computed
-from services.feature.spark import SparkEngine, SparkError
-from services.feature.sql_script import ScriptError
+from services.feature.define.definition import Aggregate, Source, View, latest, windowed
+from services.feature.define.expression import Expression, Kind
+from services.feature.define.rows import Computed
+from services.feature.offline.spark import SparkEngine, SparkError
+from services.feature.offline.sql_script import ScriptError
+from services.feature.offline.store import Clock, OfflineStore, Spine
 from tests.unit.feature import golden
 from tests.unit.feature.expression_examples import COLUMNS, EXAMPLES, ROWS, columns_of, listed, same
 

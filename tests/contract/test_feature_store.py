@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.feature.packed import RowLayout
-from services.feature.schema import ViewSchema
-from services.feature.store import OnlineStore
-from services.feature.valkey import MAX_SILENT_TIMEOUTS, CommandError, Valkey
-from services.feature.valkey_table import ValkeyTable
+from services.feature.define.schema import ViewSchema
+from services.feature.online.packed import RowLayout
+from services.feature.online.store import OnlineStore
+from services.feature.online.valkey import MAX_SILENT_TIMEOUTS, CommandError, Valkey
+from services.feature.online.valkey_table import ValkeyTable
 from services.resilience.errors import DeadlineExceeded, Refused, Unavailable
 
 EVENT_US = 1_384_000_000_000_000

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from services.feature.packed import EXPIRED, MISSING, NULL, OK
-from services.feature.states import StateStore
-from services.feature.store import OnlineStore
-from services.feature.valkey import Valkey
-from services.feature.valkey_table import ValkeyTable
+from services.feature.online.packed import EXPIRED, MISSING, NULL, OK
+from services.feature.online.store import OnlineStore
+from services.feature.online.valkey import Valkey
+from services.feature.online.valkey_table import ValkeyTable
+from services.feature.stream.states import StateStore
 from tenfold.feature.v1 import feature_pb2 as pb
 from tests.conftest import ValkeyProcess
 from tests.contract.streamed import (

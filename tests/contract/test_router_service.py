@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from services.fallback.service import FALLBACK_NAME, ROUTER_NAME, Fallbacks, FallbackServicer
 from services.fallback.settings import FallbackSettings
-from services.feature.schema import ViewSchema
+from services.feature.define.schema import ViewSchema
 from services.mesh import attributes, meshfile
 from services.mesh.channels import open_channel
 from services.mesh.serve import Offer, Server

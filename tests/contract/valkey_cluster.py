@@ -16,7 +16,7 @@ from typing import Any
 import hiredis
 import pytest
 
-from services.feature.slots import SLOTS, slot_of
+from services.feature.online.slots import SLOTS, slot_of
 
 NODES = 3
 LONG_S = 30.0

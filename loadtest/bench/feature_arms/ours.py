@@ -21,12 +21,12 @@ from loadtest.bench.feature_arms import contract
 from loadtest.bench.feature_arms.lines import answer
 from loadtest.bench.feature_arms.sizes import END_US, FEATURES, VIEWS
 from loadtest.bench.feature_arms.truth import wrong_rows
-from services.feature.definition import Aggregate, Feature, Source, View
-from services.feature.materialize import materialize as move
-from services.feature.offline import OfflineStore, Spine
-from services.feature.store import OnlineStore
-from services.feature.table import Table
-from services.feature.tables import open_table
+from services.feature.define.definition import Aggregate, Feature, Source, View
+from services.feature.offline.store import OfflineStore, Spine
+from services.feature.online.materialize import materialize as move
+from services.feature.online.store import OnlineStore
+from services.feature.online.table import Table
+from services.feature.online.tables import open_table
 from services.resilience.errors import Unavailable
 
 MESH = "bench"

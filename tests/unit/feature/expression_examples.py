@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from services.feature.expression import Kind
+from services.feature.define.expression import Kind
 
 NAN, INF = math.nan, math.inf
 

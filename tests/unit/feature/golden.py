@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from services.feature.definition import (
+from services.feature.define.definition import (
     Aggregate,
     Feature,
     Source,
@@ -29,8 +29,8 @@ from services.feature.definition import (
     top_k,
     windowed,
 )
-from services.feature.offline import Spine
-from services.feature.rows import Computed
+from services.feature.define.rows import Computed
+from services.feature.offline.store import Spine
 from tests.unit.feature.oracle import Event, oracle
 
 SECOND = 1_000_000

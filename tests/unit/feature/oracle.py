@@ -14,8 +14,8 @@ from hashlib import md5
 
 import numpy as np
 
-from services.feature.definition import Aggregate, Feature, View
-from services.feature.events import Events
+from services.feature.define.definition import Aggregate, Feature, View
+from services.feature.define.events import Events
 
 Label = str | None
 Number = float | None

@@ -11,11 +11,11 @@ import pytest
 import sqlglot
 from sqlglot import exp
 
-from services.feature import sql
-from services.feature.bigquery import bigquery_sql
-from services.feature.definition import View, latest
-from services.feature.rows import Computed
-from services.feature.sql_script import ScriptError
+from services.feature.define.definition import View, latest
+from services.feature.define.rows import Computed
+from services.feature.offline import sql
+from services.feature.offline.bigquery import bigquery_sql
+from services.feature.offline.sql_script import ScriptError
 from tests.unit.feature import golden
 
 TABLES = {"rides": "lake.rides", "shifts": "lake.shifts", "alarms": "some-project.lake.alarms"}

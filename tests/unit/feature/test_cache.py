@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.feature.cache import ENTRY_BYTES, CacheLimits, RowCache
+from services.feature.online.cache import ENTRY_BYTES, CacheLimits, RowCache
+from services.feature.online.table import PartlyUnavailable
 from services.feature.settings import FeatureSettings
-from services.feature.table import PartlyUnavailable
 from services.mesh.settings import SettingsError, from_env
 from services.resilience.errors import Unavailable
 

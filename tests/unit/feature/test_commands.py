@@ -10,20 +10,20 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
-from services.feature import moments, openmetrics, planning, plots, screen
-from services.feature.catalogue import PublishedView
-from services.feature.checks import Checked
-from services.feature.commands import commands
-from services.feature.definition import Aggregate, Source, View, latest, windowed
-from services.feature.place import Place
-from services.feature.planning import Change, Expected
-from services.feature.skew import ColumnSkew
-from services.feature.stored import UnreadableStates, opened
+from services.feature.check.checks import Checked
+from services.feature.check.skew import ColumnSkew
+from services.feature.commands import moments, openmetrics, planning, plots, screen
+from services.feature.commands.app import commands
+from services.feature.commands.place import Place
+from services.feature.commands.planning import Change, Expected
+from services.feature.commands.stored import UnreadableStates, opened
+from services.feature.define.definition import Aggregate, Source, View, latest, windowed
+from services.feature.online.catalogue import PublishedView
 
 S, DAY = 1_000_000, 86_400_000_000
 FIRST = moments.moment_us("2013-03-01")
 DEFINITIONS = """
-from services.feature.definition import Aggregate, RequestView, Source, Value, View, latest, windowed
+from services.feature.define.definition import Aggregate, RequestView, Source, Value, View, latest, windowed
 
 TRIPS = Source("trips", "trips/*.parquet", "at_us", "known_us", "seq", entities=("driver",), values=("fare",))
 VIEWS = (
@@ -72,7 +72,9 @@ def json_of(place: Place, *arguments: str) -> tuple[int, Any]:
 
 def test_help_of_the_commands_waits_for_nothing_heavy() -> None:
     heavy = "{'grpc', 'numpy', 'duckdb', 'pyarrow', 'rich', 'msgspec', 'plotext', 'hiredis'}"
-    code = f"import sys, services.feature.commands as c; c.commands(None); print(sorted({heavy} & set(sys.modules)))"
+    code = (
+        f"import sys, services.feature.commands.app as c; c.commands(None); print(sorted({heavy} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

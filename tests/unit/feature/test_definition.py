@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.feature.definition import (
+from services.feature.define.definition import (
     Aggregate,
     DefinitionError,
     Feature,
@@ -19,8 +19,8 @@ from services.feature.definition import (
     top_k,
     windowed,
 )
-from services.feature.definitions import Definitions, load
-from services.feature.windows import WindowError, length_us, resolution_us
+from services.feature.define.definitions import Definitions, load
+from services.feature.define.windows import WindowError, length_us, resolution_us
 
 TRIPS = Source(
     "trips", "trips/*.parquet", "at_us", "known_us", "seq", entities=("driver",),
@@ -169,7 +169,7 @@ def test_definitions_have_names_of_their_own_and_one_meaning_per_source() -> Non
         Definitions([DRIVER]).view("car")
 
 
-MODULE = """from services.feature.definition import *
+MODULE = """from services.feature.define.definition import *
 TRIPS = Source("trips", "*.parquet", "at_us", "at_us", "seq", entities=("driver",), values=("fare",))
 VIEWS = (View("driver", "driver", latest(TRIPS, "fare")),)
 """

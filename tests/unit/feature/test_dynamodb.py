@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from services.feature.dynamocalls import Place
-from services.feature.dynamodb import MAX_COMPARED, MAX_FIELDS, update
+from services.feature.online.dynamocalls import Place
+from services.feature.online.dynamodb import MAX_COMPARED, MAX_FIELDS, update
 
 
 def test_a_url_names_region_table_and_how_it_is_read() -> None:

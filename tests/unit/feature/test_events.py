@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from services.feature.definition import Source, Value
-from services.feature.events import from_arrow, prepare, prepared
-from services.feature.sql_events import Clock
+from services.feature.define.clock import Clock
+from services.feature.define.definition import Source, Value
+from services.feature.define.events import from_arrow, prepare, prepared
 
 LANDINGS = Source(
     "landings",

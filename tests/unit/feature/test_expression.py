@@ -17,7 +17,7 @@ import sqlglot
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from services.feature.expression import Expression, ExpressionError, Kind
+from services.feature.define.expression import Expression, ExpressionError, Kind
 from tests.unit.feature.expression_examples import COLUMNS, EXAMPLES, INF, NAN, ROWS, Rows, columns_of, listed, same
 
 

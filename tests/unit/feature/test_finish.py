@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from services.feature.definition import Aggregate, Source, View, latest, windowed
-from services.feature.finish import StateLayout
-from services.feature.kernel import ViewKernel
-from services.feature.log import Logged
-from services.feature.logged import events_of
-from services.feature.packed import EXPIRED, MISSING, NULL, OK, SchemaChanged
+from services.feature.define.definition import Aggregate, Source, View, latest, windowed
+from services.feature.online.packed import EXPIRED, MISSING, NULL, OK, SchemaChanged
+from services.feature.stream.finish import StateLayout
+from services.feature.stream.log import Logged
+from services.feature.stream.logged import events_of
+from services.feature.tiles.kernel import ViewKernel
 
 NOW_US = 1_700_000_000_000_000
 MINUTE_US = 60_000_000

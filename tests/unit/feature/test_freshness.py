@@ -6,10 +6,10 @@ from collections.abc import Awaitable
 
 import pytest
 
-from services.feature.definition import Aggregate, Source, View, windowed
-from services.feature.freshness import Watermarks
-from services.feature.states import StateStore
-from services.feature.valkey import Reply, Word
+from services.feature.define.definition import Aggregate, Source, View, windowed
+from services.feature.online.valkey import Reply, Word
+from services.feature.stream.freshness import Watermarks
+from services.feature.stream.states import StateStore
 from services.resilience.errors import Unavailable
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.feature import offline as offline_module
-from services.feature import sql
-from services.feature.definition import Aggregate, View
-from services.feature.events import prepare
-from services.feature.kernel import ViewKernel
-from services.feature.offline import OfflineStore
-from services.feature.rows import Computed
+from services.feature.define.definition import Aggregate, View
+from services.feature.define.events import prepare
+from services.feature.define.rows import Computed
+from services.feature.offline import sql
+from services.feature.offline import store as offline_module
+from services.feature.offline.store import OfflineStore
+from services.feature.tiles.kernel import ViewKernel
 from tests.unit.feature import golden
 from tests.unit.feature.golden import ASKED, EVENTS, SOURCES, VIEW
 from tests.unit.feature.oracle import Event, columns_of

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from services.feature.definition import Source
-from services.feature.ingest import IngestLimits, read_request
-from services.feature.log import Logged
+from services.feature.define.definition import Source
+from services.feature.stream.ingest import IngestLimits, read_request
+from services.feature.stream.log import Logged
 from services.resilience.errors import BadInput
 from tenfold.feature.v1 import feature_pb2 as pb
 

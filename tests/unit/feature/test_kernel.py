@@ -10,11 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.feature.definition import Aggregate, Feature, Source, View, last_n, latest, quantile, top_k, windowed
-from services.feature.kernel import LATEST_US, ViewKernel
-from services.feature.rows import Computed
-from services.feature.sketches import code_of
-from services.feature.state import DamagedState, ForeignState
+from services.feature.define.definition import (
+    Aggregate,
+    Feature,
+    Source,
+    View,
+    last_n,
+    latest,
+    quantile,
+    top_k,
+    windowed,
+)
+from services.feature.define.rows import Computed
+from services.feature.define.sketches import code_of
+from services.feature.tiles.kernel import LATEST_US, ViewKernel
+from services.feature.tiles.state import DamagedState, ForeignState
 from tests.unit.feature.oracle import Event, columns_of, largest, oracle
 
 ALL = (A := Aggregate).COUNT, A.SUM, A.MEAN, A.STD, A.MIN, A.MAX, A.FIRST

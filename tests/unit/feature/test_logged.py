@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from services.feature.archive import ArchiveError, Range, path_of
-from services.feature.definition import Source, Value
-from services.feature.log import Logged, decode
-from services.feature.logged import events_of
+from services.feature.define.definition import Source, Value
+from services.feature.stream.archive import ArchiveError, Range, path_of
+from services.feature.stream.log import Logged, decode
+from services.feature.stream.logged import events_of
 
 
 def source(path: str = "rides/*.parquet") -> Source:

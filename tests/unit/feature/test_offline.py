@@ -17,9 +17,7 @@ import sqlglot
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from services.feature import offline as offline_module
-from services.feature import sql
-from services.feature.definition import (
+from services.feature.define.definition import (
     Aggregate,
     Feature,
     Source,
@@ -31,9 +29,11 @@ from services.feature.definition import (
     top_k,
     windowed,
 )
-from services.feature.offline import Clock, OfflineError, OfflineStore, Spine
-from services.feature.rows import Computed
-from services.feature.sql import BIGQUERY, DUCKDB, PORTABLE, SPARK, Dialect
+from services.feature.define.rows import Computed
+from services.feature.offline import sql
+from services.feature.offline import store as offline_module
+from services.feature.offline.sql import BIGQUERY, DUCKDB, PORTABLE, SPARK, Dialect
+from services.feature.offline.store import Clock, OfflineError, OfflineStore, Spine
 from tests.unit.feature.oracle import Event, largest, oracle
 
 S = 1_000_000

@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 from numpy.typing import NDArray
 
-from services.feature.definition import Aggregate, Source, View, latest, windowed
-from services.feature.materialize import Rows, in_chunks, materialize, rows_at
-from services.feature.offline import OfflineStore, Spine
-from services.feature.schema import ViewSchema
+from services.feature.define.definition import Aggregate, Source, View, latest, windowed
+from services.feature.define.schema import ViewSchema
+from services.feature.offline.store import OfflineStore, Spine
+from services.feature.online.materialize import Rows, in_chunks, materialize, rows_at
 
 S = 1_000_000
 TRIPS = Source("trips", "*.parquet", "known_us", "known_us", "seq", entities=("driver", "car"), values=("fare",))

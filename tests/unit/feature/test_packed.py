@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from services.feature.packed import EXPIRED, MAGIC, MISSING, NULL, OK, RowLayout, Rows, SchemaChanged
-from services.feature.schema import ViewSchema
+from services.feature.define.schema import ViewSchema
+from services.feature.online.packed import EXPIRED, MAGIC, MISSING, NULL, OK, RowLayout, Rows, SchemaChanged
 
 EVENT_US = 1_384_000_000_000_000
 SCHEMA = ViewSchema("route", "route", ("flights_28d", "late_28d", "delay_28d"))

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from services.feature.parts import Parts, PartsError
+from services.feature.offline.parts import Parts, PartsError
 
 FACTS = {"views": {"origin": "1f"}, "days": ["2013-01-01", "2013-01-02"]}
 TABLE = pa.table({"x": [1, 2]})

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.feature.served import Served, ServedLog, read
+from services.feature.check.served import Served, ServedLog, read
 
 
 def keep(log: ServedLog, n: int = 2, view: str = "origin") -> None:

@@ -8,7 +8,7 @@ from ddsketch import DDSketch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.feature import sketches
+from services.feature.define import sketches
 
 finite = st.floats(-1e300, 1e300)
 

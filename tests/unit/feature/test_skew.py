@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from services.feature.rows import Computed
-from services.feature.skew import compare
+from services.feature.check.skew import compare
+from services.feature.define.rows import Computed
 
 NAN, INF = float("nan"), float("inf")
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.feature.definition import Aggregate, Source, View, latest, quantile, top_k, windowed
-from services.feature.events import Events
-from services.feature.kernel import ViewKernel
-from services.feature.plan import compiled
-from services.feature.state import MAGIC, Codec, DamagedState, ForeignState
+from services.feature.define.definition import Aggregate, Source, View, latest, quantile, top_k, windowed
+from services.feature.define.events import Events
+from services.feature.tiles.kernel import ViewKernel
+from services.feature.tiles.plan import compiled
+from services.feature.tiles.state import MAGIC, Codec, DamagedState, ForeignState
 
 NOW_US = 1_384_000_000_000_000
 HOUR_US = 3_600_000_000

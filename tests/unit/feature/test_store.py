@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from services.feature.define.schema import ViewSchema
+from services.feature.online.store import PublishedView, expiries_ms
+from services.feature.online.valkey import Address
 from services.feature.registry import MIN_BETWEEN_S, Registry
-from services.feature.schema import ViewSchema
 from services.feature.service import read_request
 from services.feature.settings import FeatureSettings
-from services.feature.store import PublishedView, expiries_ms
-from services.feature.valkey import Address
 from services.mesh.settings import SettingsError, from_env
 from services.resilience.errors import BadInput, NotFound, Unavailable
 from tenfold.feature.v1 import feature_pb2 as pb

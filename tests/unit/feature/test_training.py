@@ -8,13 +8,13 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from services.feature import checks
-from services.feature.backfill import Days, backfill, bucket_of, end_us
-from services.feature.definition import Aggregate, RequestView, Source, Value, View, latest, windowed
-from services.feature.definitions import Definitions
-from services.feature.offline import Clock, OfflineError, OfflineStore
-from services.feature.parts import PartsError
-from services.feature.training import Labels, LabelsError, Wanted, training_set
+from services.feature.check import checks
+from services.feature.define.definition import Aggregate, RequestView, Source, Value, View, latest, windowed
+from services.feature.define.definitions import Definitions
+from services.feature.offline.backfill import Days, backfill, bucket_of, end_us
+from services.feature.offline.parts import PartsError
+from services.feature.offline.store import Clock, OfflineError, OfflineStore
+from services.feature.offline.training import Labels, LabelsError, Wanted, training_set
 
 HOUR_US = 3_600_000_000
 DAY_US = 24 * HOUR_US

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from deploy.flights import dataset, evaluate, prepare, replay
 from deploy.flights.data import ENTITIES, INPUTS
 from deploy.flights.views import VIEWS
-from services.feature.offline import OfflineStore, Spine
-from services.feature.schema import ViewSchema
+from services.feature.define.schema import ViewSchema
+from services.feature.offline.store import OfflineStore, Spine
 
 ARTEFACTS = [
     "models/flight_delay_linear/1/model.onnx",

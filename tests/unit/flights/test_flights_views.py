@@ -10,7 +10,7 @@ import deploy.flights
 from deploy.flights import dataset
 from deploy.flights.data import ENTITIES
 from deploy.flights.views import VIEWS
-from services.feature.offline import OfflineStore, Spine
+from services.feature.offline.store import OfflineStore, Spine
 from services.mesh import meshfile
 
 
