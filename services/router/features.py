@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,12 +63,14 @@ class Gathered:
 class _Asked:
     """What the members of a batch ask of one view: each plan's members stand side by side.
 
-    starts: plan -> where its members begin.
+    starts: plan -> where its members begin. inputs: of a view on request, input -> a number per
+    member, NaN where it was left out; its ids are empty texts.
     """
 
     ids: list[str] = field(default_factory=list)
     as_of_us: list[int] = field(default_factory=list)
     starts: dict[TierPlan, int] = field(default_factory=dict)
+    inputs: dict[str, list[float]] | None = None
 
 
 class _Read(NamedTuple):
@@ -117,11 +121,35 @@ class Features:
         groups: dict[TierPlan, list[int]] = {}
         for i, call in enumerate(calls):
             groups.setdefault(call.request.plan, []).append(i)
+        if len(groups) == 1 or not any(plan.on_request for plan in groups):
+            return await self._fetch_at_once(calls, groups)
+        # row i of a view on request is worked out from row i of each view it reads: only one plan's rows are aligned
+        members = list(groups.values())
+        parts = [[calls[i] for i in some] for some in members]
+        fetched = await asyncio.gather(
+            *(self._fetch_at_once(part, {part[0].request.plan: list(range(len(part)))}) for part in parts),
+            return_exceptions=True,
+        )
+        answers: list[Gathered | Exception] = [_UNANSWERED] * len(calls)
+        for some, part in zip(members, fetched, strict=True):
+            if isinstance(part, BaseException) and not isinstance(part, Exception):
+                raise part
+            for at, i in enumerate(some):
+                answers[i] = part if isinstance(part, Exception) else part[at]
+        return answers
+
+    async def _fetch_at_once(
+        self, calls: Sequence[Call[Wanted]], groups: dict[TierPlan, list[int]]
+    ) -> list[Gathered | Exception]:
         asked = _merge(calls, groups)
         request = pb.GetFeaturesRequest()
         add = request.views.add
         for view, keys in asked.items():
-            add(view=view, entity_ids=keys.ids, as_of_us=keys.as_of_us)
+            if keys.inputs is None:
+                add(view=view, entity_ids=keys.ids, as_of_us=keys.as_of_us)
+            else:
+                inputs = {name: pb.InputNumbers(values=numbers) for name, numbers in keys.inputs.items()}
+                request.request_views.add(view=view, inputs=inputs)
 
         def describe(span: Recorded) -> None:
             span.set(attributes.FEATURE_VIEWS, ",".join(asked))
@@ -190,6 +218,10 @@ def _merge(calls: Sequence[Call[Wanted]], groups: dict[TierPlan, list[int]]) -> 
             if keys is None:
                 keys = asked[view.name] = _Asked()
             keys.starts[plan] = len(keys.ids)
+            if view.on_request:
+                keys.ids += [""] * len(queries)
+                keys.inputs = {name: [query.numbers.get(name, math.nan) for query in queries] for name in view.inputs}
+                continue
             keys.ids += [query.entities[view.entity] for query in queries]
             keys.as_of_us += as_of_us
     return asked

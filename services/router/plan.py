@@ -28,12 +28,22 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ViewShape:
-    """A feature view as the feature service describes it. entity: whose id is the key."""
+    """A feature view as the feature service describes it.
+
+    entity: whose id is the key; empty for a view that is worked out on request, from the request's `inputs` and the
+    rows of the stored views that it `reads`.
+    """
 
     name: str
     entity: str
     columns: tuple[str, ...]
     schema_hash: int
+    inputs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+    @property
+    def on_request(self) -> bool:
+        return not self.entity
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +52,7 @@ class TierPlan:
 
     version: of the model in the inference repository, empty where the repository names none.
     provider: the execution provider that runs it.
-    views: those it reads, in the order in which their answers are joined.
+    views: those it reads, in the order in which their answers are joined: stored ones, then those on request.
     places: where stored values are in the joined answers. target: which column of the model's input each becomes.
     firsts: where each view's first column is in the joined answers.
     blank: float32 (columns,), the row to start from.
@@ -58,6 +68,11 @@ class TierPlan:
     firsts: Joined
     blank: Floats
     request: RequestColumns
+
+    @property
+    def on_request(self) -> tuple[ViewShape, ...]:
+        """Views that are worked out on request."""
+        return tuple(view for view in self.views if view.on_request)
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -115,9 +130,14 @@ def make_plan(
             raise PlanError(f"model {tier.model!r} reads view {column.view!r}; there are {', '.join(sorted(views))}")
         if column.column not in view.columns:
             raise PlanError(f"model {tier.model!r} reads {column.view}.{column.column}; the view has no such column")
+        for name in view.reads:
+            if name not in views:
+                raise PlanError(f"view {view.name!r} reads view {name!r}; there are {', '.join(sorted(views))}")
+            read[name] = views[name]
         read[view.name] = view
         sources.append((view.name, view.columns.index(column.column)))
         target.append(at)
+    read = dict(sorted(read.items(), key=lambda item: item[1].on_request))  # the order in which they are answered
     return TierPlan(
         tier=tier,
         version=version,
@@ -150,9 +170,11 @@ class ModelPlan:
         """tiers: tier name -> its plan."""
         self.model = model
         self.tiers = tiers
-        self._views = {view.name: view.entity for plan in tiers.values() for view in plan.views}
+        views = [view for plan in tiers.values() for view in plan.views]
+        self._views = {view.name: view.entity for view in views if not view.on_request}
         columns = [parse_column(name) for plan in tiers.values() for name in plan.names]
         numbers = {column.name for column in columns if isinstance(column, Number)}
+        numbers |= {name for view in views for name in view.inputs}
         texts = {column.name for column in columns if isinstance(column, IsText)}
         self._only_numbers, self._only_texts = numbers - texts, texts - numbers
         self._entities = frozenset(self._views.values())

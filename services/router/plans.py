@@ -148,7 +148,9 @@ class Plans:
     async def _describe_views(self) -> dict[str, ViewShape]:
         raw = await self._ask(DESCRIBE, feature_pb2.DescribeViewsRequest().SerializeToString())
         return {
-            view.name: ViewShape(view.name, view.entity, tuple(view.columns), view.schema_hash)
+            view.name: ViewShape(
+                view.name, view.entity, tuple(view.columns), view.schema_hash, tuple(view.inputs), tuple(view.reads)
+            )
             for view in feature_pb2.DescribeViewsResponse.FromString(raw).views
         }
 

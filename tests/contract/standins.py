@@ -121,6 +121,10 @@ PRIOR = {
 }
 
 
+GAP = ViewSchema("gap", "", ("headwind",))
+"""A view on request: input wind + route.late - tail.age."""
+
+
 def feature(view: str, entity_id: str, column: str) -> float:
     """A number that only this feature of this entity has; whole, so that sums are exact in float32."""
     return float(zlib.crc32(f"{view}/{entity_id}/{column}".encode()) % 1000)
@@ -144,6 +148,10 @@ def right_answer(
             value = float((texts or {}).get(field_name) == wanted)
         elif head == "input":
             value = numbers.get(field_name, 0.0)
+        elif head == "gap":
+            value = (
+                numbers["wind"] + feature("route", entities["route"], "late") - feature("tail", entities["tail"], "age")
+            )
         else:
             value = feature(head, entities[VIEWS[head].entity], rest)
         total += weight(model, name) * value
@@ -186,13 +194,18 @@ class FeatureStandin(FeatureServiceServicer):
         self.views = dict(VIEWS)
         self.batch_sizes: list[int] = []
         self.as_of_us: list[list[int]] = []
+        self.has_gap = False
 
     @unary("tenfold.feature.v1.FeatureService/GetFeatures")
     async def GetFeatures(self, call: Call[feature_pb2.GetFeaturesRequest]) -> feature_pb2.GetFeaturesResponse:
         self.batch_sizes.append(max(len(keys.entity_ids) for keys in call.request.views))
         self.as_of_us.append(list(call.request.views[0].as_of_us))
         await self.mood.face(call.caller)
-        return feature_pb2.GetFeaturesResponse(views=[self._rows(keys) for keys in call.request.views])
+        rows = [self._rows(keys) for keys in call.request.views]
+        if call.request.request_views:
+            (wanted,) = call.request.request_views
+            rows.append(self._gap(wanted, {keys.view: keys.entity_ids for keys in call.request.views}))
+        return feature_pb2.GetFeaturesResponse(views=rows)
 
     @unary("tenfold.feature.v1.FeatureService/DescribeViews")
     async def DescribeViews(self, call: Call[feature_pb2.DescribeViewsRequest]) -> feature_pb2.DescribeViewsResponse:
@@ -203,6 +216,33 @@ class FeatureStandin(FeatureServiceServicer):
                 )
                 for view in self.views.values()
             ]
+            + [
+                feature_pb2.ViewDescription(
+                    name="gap",
+                    columns=GAP.columns,
+                    schema_hash=GAP.schema_hash,
+                    inputs=["wind"],
+                    reads=["route", "tail"],
+                )
+            ]
+            * self.has_gap
+        )
+
+    def _gap(self, wanted: feature_pb2.RequestViewInputs, ids: Mapping[str, Sequence[str]]) -> feature_pb2.ViewRows:
+        winds = wanted.inputs["wind"].values
+        assert len(winds) == len(ids["route"]) == len(ids["tail"])
+        values = [
+            wind + feature("route", route, "late") - feature("tail", tail, "age")
+            for wind, route, tail in zip(winds, ids["route"], ids["tail"], strict=True)
+        ]
+        return feature_pb2.ViewRows(
+            view="gap",
+            schema_hash=GAP.schema_hash,
+            columns=1,
+            values=np.array(values, "<f4").tobytes(),
+            status=bytes([feature_pb2.STATUS_OK]) * len(winds),
+            event_us=np.full(len(winds), 1, "<i8").tobytes(),
+            age_s=np.full(len(winds), AGE_S, "<f4").tobytes(),
         )
 
     def _rows(self, keys: feature_pb2.ViewKeys) -> feature_pb2.ViewRows:

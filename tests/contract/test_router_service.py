@@ -36,6 +36,7 @@ from tenfold.router.v1 import router_pb2 as pb
 from tenfold.router.v1.router_pb2_grpc import RouterServiceStub, add_RouterServiceServicer_to_server
 from tests.contract.standins import (
     AGE_S,
+    COLUMNS,
     MESH,
     OUTPUT,
     FeatureStandin,
@@ -443,6 +444,32 @@ async def test_a_new_version_with_other_columns_is_adopted_without_a_wrong_answe
         return good(answer) and answer.served_by.model_version == "2"
 
     await one.until(adopted, ask(tier="small"))
+
+
+async def test_features_that_are_worked_out_on_request_reach_the_model_row_by_row(
+    one: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = ("gap.headwind", "input.hour", "route.flights")  # tail is read by the view alone
+    monkeypatch.setitem(COLUMNS, "delay_full", columns)
+    one.feature.has_gap = True
+    one.inference.columns["delay_full", "2"] = columns
+    one.inference.versions["delay_full"] = ["2"]
+    await one.until(lambda answer: good(answer) and answer.served_by.model_version == "2", windy(0))
+    one.feature.batch_sizes.clear()
+    wanted = [windy(n) if n % 3 else ask(request_id=str(n)) for n in range(60)]  # others are of another tier
+    answers = await asyncio.gather(*(one.predict(request) for request in wanted))
+    for n, answer in enumerate(answers):
+        assert good(answer), answer
+        model, numbers = ("delay_full", {"hour": 17, "wind": n}) if n % 3 else ("delay_small", {"hour": 17})
+        entities = {**ENTITIES, "tail": f"N{n}"} if n % 3 else ENTITIES
+        assert list(answer.outputs[0].values) == [right_answer(model, entities, numbers)], n
+    assert max(one.feature.batch_sizes) > 1, "nothing travelled together: the test shows nothing"
+
+
+def windy(n: int) -> pb.PredictRequest:
+    request = ask({**ENTITIES, "tail": f"N{n}"}, tier="full")
+    request.inputs["wind"].number = n
+    return request
 
 
 async def test_a_changed_schema_is_learnt_and_never_guessed(one: Mesh) -> None:
