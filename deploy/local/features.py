@@ -23,7 +23,7 @@ def place_of(chosen: Path | None, stack: str) -> Place:
         found = state.read(RunFolder.of(stack, home()))
         running = found if found is not None and found.alive else None
         file = Path(running.mesh_file) if running and chosen is None else mesh_file(chosen)
-        mesh = meshfile.load(file)
+        mesh = meshfile.load_features(file)
     artefacts = (Path(running.home) if running else home()) / mesh.artefacts
     events = mesh.features.offline
     return Place(

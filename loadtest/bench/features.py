@@ -1,5 +1,6 @@
-"""What features cost, beside Feast and beside what the machine can do: reads, memory, materialising, training sets.
+"""What features cost, beside Feast and beside what the machine can do, and whether they are right.
 
+Reads, memory, materialising, training sets; the contract, every path and engine; events until they are readable.
 Every arm has the same data, a Valkey of its own and the same turns, one after the other, and its values are checked.
 Feast and the limits run in environments of their own, made below $TENFOLD_HOME/bench at the first run.
 """
@@ -10,13 +11,15 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.bench.feature_arms import environments, offline, online, servers
+from loadtest.bench.feature_arms import agreement, environments, freshness, offline, online, servers
 from loadtest.bench.feature_arms.data import prepared
 from loadtest.bench.feature_arms.lines import Failed, Worker
 from loadtest.bench.feature_arms.servers import Store
@@ -49,8 +52,23 @@ def main() -> None:
     options = parser.parse_args()
     home = Path(os.environ.get("TENFOLD_HOME", ".tenfold")).absolute() / "bench"
     scratch = home / "features" / "run"
+    try:
+        made = _measured(options, home, scratch)
+    except Failed as failed:
+        raise SystemExit(str(failed)) from None  # which says where a log is
+    except KeyboardInterrupt:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise SystemExit("interrupted") from None
+    shutil.rmtree(scratch)
+    emit("features", made)
+
+
+def _measured(options: argparse.Namespace, home: Path, scratch: Path) -> list[Row]:
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    temporary = scratch / "tmp"
+    temporary.mkdir(parents=True)
+    os.environ["TMPDIR"] = str(temporary)  # what a process leaves there, if it is killed, goes with the rest
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sizes = QUICK if options.quick else FULL
     setting = Setting(
         sizes=sizes,
@@ -59,17 +77,18 @@ def main() -> None:
         limits=environments.python_of("limits", home),
         feast=None if "feast" in options.without else environments.python_of("feast", home),
     )
-    try:
-        made = [row for name in options.only or _SECTIONS for row in _SECTIONS[name](setting)]
-    except Failed as failed:
-        raise SystemExit(str(failed)) from None
-    emit("features", made)
+    made: list[Row] = []
+    for name in options.only or _SECTIONS:
+        began = time.monotonic()
+        made += _SECTIONS[name](setting)
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return made
 
 
 def reads(setting: Setting) -> list[Row]:
     """Materialising first: it fills the stores that are read."""
     with ExitStack() as until_end:
-        ours = _worker(until_end, setting, "ours", Path(sys.executable))
+        ours = _own_worker(until_end, setting, "ours")
         limits = _worker(until_end, setting, "limits", setting.limits)
         arms = {offline.OURS: ours, offline.PACKED: limits}
         if setting.feast:
@@ -94,7 +113,18 @@ def correctness(setting: Setting) -> list[Row]:
         return offline.correctness(ours, feast, setting.data, setting.scratch)
 
 
-_SECTIONS = {"reads": reads, "joins": joins, "correctness": correctness}
+def agreeing(setting: Setting) -> list[Row]:
+    with ExitStack() as until_end:
+        return agreement.rows(_own_worker(until_end, setting, "flights"), setting.scratch, setting.sizes)
+
+
+def fresh(setting: Setting) -> list[Row]:
+    with ExitStack() as until_end:
+        client = _own_worker(until_end, setting, "stream_client")
+        return freshness.rows(client, setting.scratch / "stream", setting.sizes)
+
+
+_SECTIONS = {"reads": reads, "joins": joins, "correctness": correctness, "agreement": agreeing, "freshness": fresh}
 
 
 @contextlib.contextmanager
@@ -105,7 +135,7 @@ def _offline_workers(setting: Setting) -> Iterator[tuple[Worker, Worker, Worker 
         for volume in VOLUMES if feast else ():
             _apply(setting, feast, volume, port=0)
         yield (
-            _worker(until_end, setting, "ours", Path(sys.executable)),
+            _own_worker(until_end, setting, "ours"),
             _worker(until_end, setting, "limits", setting.limits),
             feast,
         )
@@ -113,6 +143,10 @@ def _offline_workers(setting: Setting) -> Iterator[tuple[Worker, Worker, Worker 
 
 def _worker(until_end: ExitStack, setting: Setting, module: str, python: Path) -> Worker:
     return until_end.enter_context(Worker(python, f"{_ARMS}.{module}", setting.scratch / f"worker-{module}.log"))
+
+
+def _own_worker(until_end: ExitStack, setting: Setting, module: str) -> Worker:
+    return _worker(until_end, setting, module, Path(sys.executable))
 
 
 def _repository(setting: Setting, name: str) -> Path:
@@ -136,7 +170,7 @@ def _apply(setting: Setting, feast: Worker | None, volume: str, port: int) -> No
 
 def _servers(until_end: ExitStack, setting: Setting, stores: Mapping[str, Store]) -> list[online.Server]:
     """All of them at once, each in front of its own store."""
-    client = _worker(until_end, setting, "client", Path(sys.executable))
+    client = _own_worker(until_end, setting, "client")
     started = []
     if setting.feast:
         repository = _repository(setting, offline.store_name("duckdb", "1x"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from services.feature.online.packed import NULL, OK, Rows
 from services.resilience.errors import BadInput, NotFound, Violation
 from tenfold.feature.v1 import feature_pb2 as pb
 
+_MOST_VIEWS = 256  # of one request
 _MOST_VIOLATIONS = 8
 
 
@@ -92,6 +94,11 @@ class _Served:
     schema: ViewSchema
     layout: RequestLayout
 
+    @property
+    def row_bytes(self) -> int:
+        """What one row adds to a GetFeaturesResponse."""
+        return 5 * len(self.schema.columns) + 12
+
 
 class RequestViews:
     """What the service needs of them: are a request's inputs right, and the rows."""
@@ -104,30 +111,43 @@ class RequestViews:
                 layout = RequestLayout.parse([one.expression for one in view.features], view.inputs, stored)
                 self._views[view.name] = _Served(ViewSchema(view.name, "", view.columns), layout)
 
-    def check(self, request: pb.GetFeaturesRequest) -> None:
-        """Raises NotFound naming the view, or BadInput naming the field."""
+    def check(self, request: pb.GetFeaturesRequest, max_rows: int) -> int:
+        """How many bytes they add to the answer. Raises NotFound naming the view, or BadInput naming the field.
+
+        max_rows: of each.
+        """
+        if len(request.request_views) > _MOST_VIEWS:
+            told = f"must hold at most {_MOST_VIEWS} views, got {len(request.request_views)}"
+            raise BadInput(Violation("request_views", told))
         lengths = {keys.view: len(keys.entity_ids) for keys in request.views}
+        times = Counter(keys.view for keys in request.views)
         violations: list[Violation] = []
+        size = 0
         for at, wanted in enumerate(request.request_views):
             if wanted.view not in self._views:
                 there = ", ".join(self._views) or "none"
                 raise NotFound(f"request view {wanted.view[:64]!r} is not defined; defined are: {there}")
-            violations += self._violations(f"request_views[{at}]", wanted, lengths)
+            violations += self._violations(f"request_views[{at}]", wanted, lengths, times)
+            n = self._rows(wanted, lengths)
+            if n > max_rows:
+                violations.append(Violation(f"request_views[{at}]", f"must be of at most {max_rows} rows, got {n}"))
+            size += n * self._views[wanted.view].row_bytes
         if violations:
             raise BadInput(*violations[:_MOST_VIOLATIONS])
+        return size
 
     def add(
         self,
         request: pb.GetFeaturesRequest,
         answer: pb.GetFeaturesResponse,
-        columns_of: Callable[[str], Sequence[str]],
+        columns: Mapping[str, Sequence[str]],
     ) -> None:
-        """Adds the rows of every request view. columns_of: the columns of a stored view, as they were answered.
+        """Adds the rows of every request view. columns: of each stored view, as they were answered.
 
         Raises NotFound where a view that was published lacks a column that is defined.
         """
         stored = {
-            rows.view: Stored(columns_of(rows.view), Rows(rows.values, rows.status, rows.event_us, rows.age_s))
+            rows.view: Stored(columns[rows.view], Rows(rows.values, rows.status, rows.event_us, rows.age_s))
             for rows in answer.views
         }
         for wanted in request.request_views:
@@ -155,11 +175,17 @@ class RequestViews:
             for name, served in self._views.items()
         ]
 
-    def _violations(self, field: str, wanted: pb.RequestViewInputs, lengths: Mapping[str, int]) -> Iterator[Violation]:
+    def _violations(
+        self, field: str, wanted: pb.RequestViewInputs, lengths: Mapping[str, int], times: Mapping[str, int]
+    ) -> Iterator[Violation]:
+        """lengths, times: how many rows of each stored view are asked for, and how often it is."""
         layout = self._views[wanted.view].layout
         for view in layout.reads:
             if view not in lengths:
                 yield Violation("views", f"must hold {view!r}, which request view {wanted.view!r} reads")
+            elif times[view] > 1:  # which rows are meant?
+                told = f"must hold {view!r} once, which request view {wanted.view!r} reads, got it {times[view]} times"
+                yield Violation("views", told)
         n = self._rows(wanted, lengths)
         for view in layout.reads:
             if lengths.get(view, n) != n:

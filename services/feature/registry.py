@@ -64,6 +64,7 @@ class Registry:
         self._read, self._key_prefix, self._clock, self._layout_of = read, key_prefix, clock, layout_of
         self._seen: list[PublishedView] = []
         self._plans: Mapping[str, Plan] = {}
+        self._undefined: set[str] = set()  # published, and not readable here
         self._lock = asyncio.Lock()
         self._tried_at = -float("inf")
         self._failure: CallError | None = None
@@ -82,6 +83,9 @@ class Registry:
             known = sorted(plans)
             listed = ", ".join(known[:_MOST_NAMES_TOLD]) + (", ..." if len(known) > _MOST_NAMES_TOLD else "")
             name = str(error.args[0])[:64]
+            if name in self._undefined:
+                told = f"view {name!r} is published with another definition than this server has, or it has none of it"
+                raise NotFound(f"{told}; readable here are: {listed or 'none'}") from None
             raise NotFound(f"view {name!r} is not published; published are: {listed or 'none'}") from None
 
     async def refresh(self) -> None:
@@ -119,6 +123,7 @@ class Registry:
             self._seen = views
             plans = ((view.name, self._plan(view)) for view in views)
             self._plans = {name: plan for name, plan in plans if plan is not None}
+            self._undefined = {view.name for view in views} - self._plans.keys()
             log.info("views changed", extra={"views": {view.name: view.rows for view in views}})
 
     def _plan(self, view: PublishedView) -> Plan | None:

@@ -117,27 +117,31 @@ class FeatureService(feature_pb2_grpc.FeatureServiceServicer):
     @unary(f"{NAME}/GetFeatures")
     async def GetFeatures(self, call: Call[pb.GetFeaturesRequest]) -> pb.GetFeaturesResponse:  # noqa: N802
         if not call.request.request_views:
-            return await self._rows(call)
-        self._request_views.check(call.request)
-        answer = await self._rows(call)
-        plans = self._registry.plans
-        self._request_views.add(call.request, answer, lambda view: plans[view].view.columns)
+            answer, _ = await self._rows(call)
+            return answer
+        more_bytes = self._request_views.check(call.request, self._settings.max_rows)
+        answer, plans = await self._rows(call, more_bytes)
+        # as they were read: what is published may have changed meanwhile
+        self._request_views.add(call.request, answer, {plan.view.name: plan.view.columns for plan in plans})
         return answer
 
-    async def _rows(self, call: Call[pb.GetFeaturesRequest]) -> pb.GetFeaturesResponse:
+    async def _rows(
+        self, call: Call[pb.GetFeaturesRequest], more_bytes: int = 0
+    ) -> tuple[pb.GetFeaturesResponse, list[Plan]]:
+        """The rows of the stored views, and how they were read. more_bytes: what else the answer will hold."""
         wanted = read_request(call.request, self._settings.max_rows)
         plans = await self._find([want.view for want in wanted])
-        _check_size(plans, wanted)
+        _check_size(plans, wanted, more_bytes)
         stored = await self._stored(call, plans, wanted)
         with contextlib.suppress(SchemaChanged):
             if not _vanished(wanted, stored):
-                return self._answer(plans, wanted, stored)
+                return self._answer(plans, wanted, stored), plans
         with contextlib.suppress(CallError):  # the rows are here; what is known must do
             await self._registry.refresh()
         known, plans = plans, self._registry.find(want.view for want in wanted)
         if [plan.key_prefix for plan in plans] != [plan.key_prefix for plan in known]:
             stored = await self._stored(call, plans, wanted)
-        return self._answer(plans, wanted, stored, foreign_is_missing=True)
+        return self._answer(plans, wanted, stored, foreign_is_missing=True), plans
 
     @unary(f"{NAME}/DescribeViews")
     async def DescribeViews(self, call: Call[pb.DescribeViewsRequest]) -> pb.DescribeViewsResponse:  # noqa: N802
@@ -299,8 +303,10 @@ def _id_violations(i: int, entity_ids: list[str]) -> list[Violation]:
     return list(itertools.islice(found, _MOST_VIOLATIONS))
 
 
-def _check_size(plans: list[Plan], wanted: list[Wanted]) -> None:
-    size = sum(plan.layout.answer_bytes * len(want.entity_ids) for plan, want in zip(plans, wanted, strict=True))
+def _check_size(plans: list[Plan], wanted: list[Wanted], more_bytes: int) -> None:
+    size = more_bytes + sum(
+        plan.layout.answer_bytes * len(want.entity_ids) for plan, want in zip(plans, wanted, strict=True)
+    )
     if size > MAX_MESSAGE_BYTES // 2:
         raise BadInput(
             Violation("views", f"must ask for at most {MAX_MESSAGE_BYTES // 2} bytes of rows in all, got {size}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from services.resilience.call import Priority
 
+T = TypeVar("T")
 Name = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]{0,62}$")]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -165,21 +166,50 @@ class MeshFile(Struct, frozen=True, forbid_unknown_fields=True):
         return next(entry for entry in self.priorities if entry.name == priority.label)
 
 
+class FeaturesFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """A file without models: of somebody who uses the feature store alone."""
+
+    version: Annotated[int, Meta(ge=1, le=1)]
+    name: Name
+    features: Features
+    artefacts: str = ""
+
+
 def load(path: Path) -> MeshFile:
     """The file at `path`, checked. Raises MeshFileError with the file's name and line."""
+    return parse(_text(path), str(path))
+
+
+def load_features(path: Path) -> MeshFile | FeaturesFile:
+    """Likewise; it may describe features alone."""
+    text = _text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise MeshFileError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise MeshFileError(f"{path}: must be UTF-8, got byte {error.object[error.start]:#04x}") from error
-    return parse(text, str(path))
+        alone = "models" not in tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        alone = False  # which is then told with its line
+    return _converted(text, str(path), FeaturesFile) if alone else parse(text, str(path))
 
 
 def parse(text: str, source: str = "tenfold.toml") -> MeshFile:
     """The mesh that `text` describes. Raises MeshFileError naming `source` and the line."""
+    mesh = _converted(text, source, MeshFile)
+    for path, problem in _problems(mesh):
+        raise MeshFileError(f"{source}:{line_of(text, path)}: {path}: {problem}")
+    return mesh
+
+
+def _text(path: Path) -> str:
     try:
-        mesh = msgspec.convert(tomllib.loads(text), MeshFile)
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise MeshFileError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise MeshFileError(f"{path}: must be UTF-8, got byte {error.object[error.start]:#04x}") from error
+
+
+def _converted(text: str, source: str, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(tomllib.loads(text), kind)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
         raise MeshFileError(f"{source}:{line[1] if line else len(text.splitlines())}: {error}") from error
@@ -187,9 +217,6 @@ def parse(text: str, source: str = "tenfold.toml") -> MeshFile:
         what, _, path = str(error).partition(" - at `$")
         path = path.rstrip("`").lstrip(".")
         raise MeshFileError(f"{source}:{line_of(text, path)}: {path or 'top level'}: {what}") from error
-    for path, problem in _problems(mesh):
-        raise MeshFileError(f"{source}:{line_of(text, path)}: {path}: {problem}")
-    return mesh
 
 
 def _problems(mesh: MeshFile) -> list[tuple[str, str]]:

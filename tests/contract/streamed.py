@@ -17,6 +17,7 @@ from services.feature.define.definitions import Definitions
 from services.feature.online.store import OnlineStore
 from services.feature.online.valkey import Valkey
 from services.feature.online.valkey_table import ValkeyTable
+from services.feature.onrequest import RequestViews
 from services.feature.service import NAME, FeatureService
 from services.feature.settings import FeatureSettings
 from services.feature.stream.archive import Archive
@@ -140,7 +141,9 @@ async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(url: str, transport: str = "grpcio", **options: object) -> AsyncIterator[Serving]:
+async def serving(
+    url: str, transport: str = "grpcio", definitions: Definitions = DEFINITIONS, **options: object
+) -> AsyncIterator[Serving]:
     with tempfile.TemporaryDirectory(prefix="tf") as folder:
         settings = FeatureSettings(
             mesh_file=Path(folder) / "tenfold.toml",
@@ -153,9 +156,9 @@ async def serving(url: str, transport: str = "grpcio", **options: object) -> Asy
         async with Valkey(url) as valkey:
             await valkey.connected(LONG_S)
             store = OnlineStore(ValkeyTable(valkey), MESH)
-            async with streaming(settings, MESH, DEFINITIONS, store) as streams:
+            async with streaming(settings, MESH, definitions, store) as streams:
                 assert streams is not None
-                service = FeatureService(store, settings, streams=streams)
+                service = FeatureService(store, settings, streams=streams, request_views=RequestViews(definitions))
                 add = feature_pb2_grpc.add_FeatureServiceServicer_to_server
                 server = Server(settings.listen, [Offer(NAME, service, add)], transport)
                 await server.start()

@@ -13,6 +13,7 @@ cases have the same answer.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,12 @@ def prepared(home: Path, sizes: Sizes) -> Path:
     if not folder.is_dir():
         making = folder.with_name(f"{folder.name}.{os.getpid()}")
         making.mkdir(parents=True)
-        for volume in VOLUMES:
-            _write(making, volume, sizes)
-        making.rename(folder)
+        try:
+            for volume in VOLUMES:
+                _write(making, volume, sizes)
+            making.rename(folder)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
     return folder.resolve()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,16 +49,18 @@ def materializing(workers: Mapping[str, Worker], stores: Mapping[str, Store], fo
     if rate[FEAST]:
         rate[FEAST] = [max(rate[FEAST])] * sizes.rounds  # its stores take turns, and the better one counts
     used = {arm: stores[arm].used() for arm in workers}
-    total: Measured = {arm: [memory.total_bytes / sizes.entities] for arm, memory in used.items()}
     data: Measured = {arm: [memory.data_bytes / sizes.entities] for arm, memory in used.items()}
+    # the table doubles now and then, and takes as much for a key of any size: the goal against Feast is of the data
+    total: Measured = {arm: [memory.total_bytes / sizes.entities] for arm, memory in used.items()}
     return [
         *facts("materialise", rate, "rows/s"),
         no_less("materialise", rate, OURS, FEAST, 15),
         no_less("materialise", rate, OURS, PACKED, 0.6),
-        *facts("memory per entity with the table of keys", total, "bytes"),
         *facts("memory per entity", data, "bytes"),
         no_more("memory per entity", data, OURS, FEAST, 0.46),
         no_more("memory per entity", data, OURS, PACKED, 1.1),
+        *facts("memory per entity with the table of keys", total, "bytes"),
+        no_more("memory per entity with the table of keys", total, OURS, PACKED, 1.1),
     ]
 
 
@@ -127,13 +129,3 @@ def correctness(ours: Worker, feast: Worker | None, data: Path, scratch: Path) -
     digests = [ours.ask("digest", folder=str(data), volume="1x") for _ in range(IDENTICAL_RUNS)]
     identical = max(digests.count(digest) for digest in digests)
     return [*made, at_least(f"runs with the same bytes, {OURS}", identical, IDENTICAL_RUNS, f"runs of {len(digests)}")]
-
-
-def agreement(_: Sequence[Worker]) -> list[Row]:
-    """Batch = stream = request, and DuckDB = Spark. Empty until those parts can be asked for here."""
-    return []
-
-
-def freshness(_: Sequence[Worker]) -> list[Row]:
-    """Event written -> readable, P99. Empty until events can be written here."""
-    return []

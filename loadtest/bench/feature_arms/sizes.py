@@ -34,6 +34,9 @@ class Sizes:
     rounds: how often every arm is measured; slow_rounds: how often the peer's slow parts are.
     load_s: seconds of one throughput measurement. latency_rounds: turns of the sequential calls; calls: how many each
     arm makes in one turn, by entities asked.
+    stream_s: seconds of events at a steady rate; burst: events as fast as they are taken.
+    day: when batch, stream and request are compared, at about day_rows moments per view. spark_rows: moments at which
+    DuckDB and Spark are; 0 for not at all.
     """
 
     entities: int = 100_000
@@ -44,6 +47,11 @@ class Sizes:
     latency_rounds: int = 10
     calls_of_1: int = 150
     calls_of_100: int = 40
+    stream_s: float = 15.0
+    burst: int = 50_000
+    day: str = "2013-02-14"  # so late that the longest windows, of 28 days, are full
+    day_rows: int = 400
+    spark_rows: int = 400
 
     def labels(self, volume: str) -> int:
         return self.labels_1x * SNAPSHOTS[volume] // SNAPSHOTS["1x"]
@@ -62,4 +70,9 @@ QUICK = Sizes(
     latency_rounds=2,
     calls_of_1=100,
     calls_of_100=20,
+    stream_s=4.0,
+    burst=5_000,
+    day="2013-01-05",
+    day_rows=20,
+    spark_rows=0,
 )

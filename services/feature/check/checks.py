@@ -1,16 +1,14 @@
 """Whether batch, stream and request agree on a day; and whether a training set, or what was served, is the truth.
 
-day        a day replayed by all three paths: SQL over files, tiles kept up to date event by event, and tiles
-           made of everything at the moment of a request
+day        a day replayed: SQL over files against tiles kept up to date event by event, against tiles made of everything
+           at the moment of a request, and request views in SQL against row by row as they are served
 training   a training set against the features as they were known at its moments: finds a leak
 served     a sample of what was served against the features recomputed for the same moments
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,21 +20,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from services.feature.check import requested
+from services.feature.check.replay import affordable, events_of, request_by_request, sampled, streamed
 from services.feature.check.served import Served, read
 from services.feature.check.skew import ColumnSkew, compare
-from services.feature.define.definition import DefinitionError, View
+from services.feature.define.definition import INPUT, DefinitionError, RequestView, View
 from services.feature.define.definitions import Definitions
-from services.feature.define.events import Events, from_arrow, prepare
+from services.feature.define.events import Numbers
 from services.feature.define.rows import Computed
-from services.feature.offline.parts import Parts
+from services.feature.offline.parts import Parts, PartsError
 from services.feature.offline.store import OfflineStore, Spine
+from services.feature.offline.training import input_numbers, moments_us, served_numbers
 from services.feature.online.packed import EXPIRED, MISSING, OK
-from services.feature.tiles.kernel import ViewKernel
 
-STREAM, REQUEST, TRAINING, SERVED = "stream", "request", "training set", "served"
-_DAY_US = 86_400_000_000
-_ROWS, _ENTITIES = 1_000, 100
+STREAM, REQUEST, ON_REQUEST, TRAINING, SERVED = "stream", "request", "on request", "training set", "served"
+_ROWS = 1_000
 _REQUESTS = 200  # each builds a state from all that went before
+_MADE_UP = 500  # rows of a request view; each is worked out alone
 
 Progress = Callable[[str, float], None]
 """Told what is being checked, and the share that is done, 0 to 1."""
@@ -53,84 +53,157 @@ class Checked(NamedTuple):
     notes: Sequence[str] = ()
 
     @property
+    def rows(self) -> int:
+        """Of the feature that was compared most often."""
+        return max((column.rows for column in self.columns), default=0)
+
+    @property
     def agrees(self) -> bool:
-        return not any(column.mismatched for column in self.columns)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Moments of one day to compare at: (entity, moment) pairs in the order of time."""
-
-    entity_ids: Sequence[str]
-    as_of_us: NDArray[np.int64]
+        """False too where nothing was compared: that proves nothing."""
+        return self.rows > 0 and not any(column.mismatched for column in self.columns)
 
 
 def day(
     offline: OfflineStore,
     views: Sequence[View],
     which: date,
+    request_views: Sequence[RequestView] = (),
     *,
     rows: int = _ROWS,
     seed: int = 0,
     progress: Progress = lambda _what, _share: None,
 ) -> list[Checked]:
-    """Replays one day, UTC, of every view at about `rows` moments around the events of some entities.
+    """Replays one day, UTC, of every view at about `rows` moments of some entities that had events on it.
 
-    The moments are those of the day's events, a microsecond after them, and others in between; some lie on the borders
-    of windows. Batch is the SQL on the files as of each moment.
+    Half of the moments are on, just after and between the day's events, half where an event is about to leave a window
+    and where it just did. Batch is the SQL on the files as of each moment.
+    request_views: of what these read, `views` must hold all.
     """
     begin_us = int(datetime(which.year, which.month, which.day, tzinfo=UTC).timestamp()) * 1_000_000
     found: dict[str, list[ColumnSkew]] = {STREAM: [], REQUEST: []}
     notes: list[str] = []
+    known: dict[str, Computed] = {}
     for done, view in enumerate(views):
-        progress(view.name, done / len(views))
+        progress(f"{view.name}: reading", done / len(views))
         random = np.random.default_rng([seed, done])
-        events = _events(offline, view, begin_us, random)
-        sample = _sample(view, events, begin_us, rows, random)
-        if not len(sample.as_of_us):
+        events = events_of(offline, view, begin_us, random)
+        sample = sampled(view, events, begin_us, rows, random)
+        if not len(sample):
             notes.append(f"view {view.name!r}: nothing happened on {which.isoformat()}")
             continue
-        batch = offline.compute(view, Spine(list(sample.entity_ids), sample.as_of_us))
-        found[STREAM] += _compare(view, _streamed(view, events, sample, begin_us), batch)
-        few = np.sort(random.permutation(len(sample.as_of_us))[:_REQUESTS])
-        requested = _requested(view, events, Sample([sample.entity_ids[at] for at in few], sample.as_of_us[few]))
-        found[REQUEST] += _compare(view, requested, _rows(batch, few))
+        progress(f"{view.name}: batch", (done + 0.25) / len(views))
+        batch = known[view.name] = offline.compute(view, Spine(list(sample.entity_ids), sample.as_of_us))
+        progress(f"{view.name}: stream", (done + 0.5) / len(views))
+        found[STREAM] += _compare(view, streamed(view, events, sample, begin_us), batch)
+        progress(f"{view.name}: request", (done + 0.75) / len(views))
+        few = np.sort(random.permutation(len(sample))[: affordable(events, view.entity, _REQUESTS)])
+        found[REQUEST] += _compare(view, request_by_request(view, events, sample.take(few)), _taken(batch, few))
+    checked = [Checked(path, columns, notes) for path, columns in found.items()]
+    if request_views:
+        progress("features on request", 1.0)
+        checked.append(_on_request(request_views, views, known, seed))
     progress("done", 1.0)
-    return [Checked(path, columns, notes) for path, columns in found.items()]
+    return checked
+
+
+def _on_request(
+    request_views: Sequence[RequestView], views: Sequence[View], known: Mapping[str, Computed], seed: int
+) -> Checked:
+    """Made-up requests over rows that there were: row by row as they are served, against SQL.
+
+    known: view -> rows.
+    """
+    columns: list[ColumnSkew] = []
+    notes: list[str] = []
+    for number, view in enumerate(request_views):
+        if lacking := sorted(requested.reads(view, views) - known.keys()):
+            notes.append(f"request view {view.name!r}: there are no rows of {', '.join(lacking)}, which it reads")
+            continue
+        asked = requested.made_up(view, views, known, _MADE_UP, np.random.default_rng([seed, number]))
+        values, null = requested.row_by_row(view, views, asked, _MADE_UP)
+        columns += compare(view.name, view.columns, values, null, requested.in_sql(view, views, asked))
+    return Checked(ON_REQUEST, columns, notes)
 
 
 def training(
-    offline: OfflineStore, definitions: Definitions, folder: str, *, rows: int = 5_000, seed: int = 0
+    offline: OfflineStore,
+    definitions: Definitions,
+    folder: str,
+    *,
+    rows: int = 5_000,
+    seed: int = 0,
+    progress: Progress = lambda _what, _share: None,
 ) -> Checked:
     """Recomputes some rows of a training set by what was known at their moments, whatever clock it was joined by.
 
-    Raises PartsError where the folder holds no training set, DefinitionError where a view is no longer defined.
+    Request views are worked out in SQL from the columns beside them. Raises PartsError where the folder holds no
+    training set, DefinitionError where a view is no longer defined.
     """
     facts, part_rows = Parts.read(folder)
+    if "labels" not in facts:
+        raise PartsError(f"{folder} holds no training set but {', '.join(facts)}")
     views = [definitions.view(name) for name in facts["views"]]
+    request_views = [definitions.request_view(name) for name in facts.get("request_views", ())]
+    notes = _changes(facts, views, request_views)
+    progress("training set: reading", 0.0)
+    table = _some_rows(folder, part_rows, rows, np.random.default_rng(seed))
+    moments = moments_us(table[facts["time"]])
+    every: Sequence[View | RequestView] = (*views, *request_views)
+    given = {name: _nullable(table[name]) for view in every for name in _names(view)}
+    columns: list[ColumnSkew] = []
+    for done, view in enumerate(views):
+        progress(f"training set: {view.name}", done / len(views))
+        ids = pc.cast(table[facts["entities"][view.entity]], pa.string()).combine_chunks()
+        truth = served_numbers(view, offline.compute(view, Spine(ids, moments)))
+        columns += _compared(view, given, _computed(view, truth))
+    for asked in request_views:
+        read = {name: given[name] for view in views for name in _names(view)}
+        read |= {f"{INPUT}.{name}": input_numbers(table[name]) for name in asked.inputs}
+        columns += _compared(asked, given, requested.in_sql(asked, views, read))
+    return Checked(TRAINING, columns, notes)
+
+
+def _changes(facts: Mapping[str, Any], views: Sequence[View], request_views: Sequence[RequestView]) -> list[str]:
+    """What a training set was made from, where that is not what is defined now, or not what was known."""
     notes = [
-        f"view {view.name!r} has changed its meaning since"
-        for view in views
-        if view.fingerprint() != facts["views"][view.name]
+        f"view {v.name!r} has changed its meaning since" for v in views if v.fingerprint() != facts["views"][v.name]
+    ]
+    notes += [
+        f"request view {view.name!r} has changed its meaning since"
+        for view in request_views
+        if [[one.name, one.expression] for one in view.features] != facts["request_views"][view.name]
     ]
     if facts["clock"] != "known":
         notes.append(f"the training set says of itself that it was joined by {facts['clock']} time")
-    random = np.random.default_rng(seed)
-    tables = []
-    for name, count in part_rows.items():
-        share = max(1, round(rows * count / max(1, sum(part_rows.values()))))
-        tables.append(_some(f"{folder}/{name}.parquet", min(share, count), random))
-    table = pa.concat_tables(tables)
-    moments = _moments(table[facts["time"]])
-    columns: list[ColumnSkew] = []
-    for view in views:
-        ids = pc.cast(table[facts["entities"][view.entity]], pa.string()).combine_chunks()
-        truth = _with_defaults(view, offline.compute(view, Spine(ids, moments)))
-        given = [table[f"{view.name}.{column}"].combine_chunks() for column in view.columns]
-        values = np.stack([np.asarray(one.fill_null(0.0).to_numpy(), np.float32) for one in given], axis=1)
-        null = np.stack([one.is_null().to_numpy(zero_copy_only=False) for one in given], axis=1)
-        columns += compare(view.name, view.columns, values, null, truth)
-    return Checked(TRAINING, columns, notes)
+    return notes
+
+
+def _some_rows(folder: str, part_rows: Mapping[str, int], rows: int, random: np.random.Generator) -> pa.Table:
+    """About so many rows, of every part its share."""
+    total = max(1, sum(part_rows.values()))
+    shares = {name: min(count, max(1, round(rows * count / total))) for name, count in part_rows.items()}
+    return pa.concat_tables([_some(f"{folder}/{name}.parquet", share, random) for name, share in shares.items()])
+
+
+def _nullable(column: pa.ChunkedArray) -> Numbers:
+    null = np.asarray(column.is_null().to_numpy(), dtype=bool)
+    return np.asarray(column.fill_null(0.0).to_numpy(), dtype=np.float64), null
+
+
+def _names(view: View | RequestView) -> list[str]:
+    return [f"{view.name}.{column}" for column in view.columns]
+
+
+def _computed(view: View, numbers: Mapping[str, Numbers]) -> Computed:
+    values = np.stack([numbers[name][0] for name in _names(view)], axis=1)
+    null = np.stack([numbers[name][1] for name in _names(view)], axis=1)
+    return Computed(values, null, np.ones(len(values), bool))
+
+
+def _compared(view: View | RequestView, given: Mapping[str, Numbers], truth: Computed) -> list[ColumnSkew]:
+    values = np.stack([given[name][0] for name in _names(view)], axis=1)
+    null = np.stack([given[name][1] for name in _names(view)], axis=1)
+    return compare(view.name, view.columns, values.astype(np.float32), null, truth)
 
 
 def served(offline: OfflineStore, definitions: Definitions, folder: Path, *, most_rows: int = 20_000) -> Checked:
@@ -186,124 +259,12 @@ def _served_view(
     return compare(view.name, view.columns, values[fresh], null, truth), notes
 
 
-def _events(offline: OfflineStore, view: View, begin_us: int, random: np.random.Generator) -> list[Events]:
-    """All events of some entities that had one on the day, up to its end; one batch per source, in order."""
-    active = offline.active(view, begin_us, begin_us + _DAY_US)
-    chosen = sorted(active[at] for at in random.permutation(len(active))[:_ENTITIES])
-    found = []
-    for source in view.sources:
-        table = offline.events(view, source, chosen, begin_us + _DAY_US)
-        found.append(prepare(source, from_arrow(source, table)))
-    return found
-
-
-def _sample(view: View, events: Sequence[Events], begin_us: int, rows: int, random: np.random.Generator) -> Sample:
-    """Moments on, just after and between the day's events, and on borders of steps."""
-    pairs: set[tuple[int, str]] = set()
-    steps = sorted({feature.step_us for feature in view.features if feature.step_us})
-    candidates = [
-        (entity_id, int(known_us))
-        for batch in events
-        for entity_id, known_us in zip(batch.entities[view.entity], batch.known_us, strict=True)
-        if entity_id is not None and known_us >= begin_us
-    ]
-    for at in random.permutation(len(candidates))[: max(1, rows // 4)]:
-        entity_id, known_us = candidates[at]
-        later_us = int(known_us + random.integers(2, _DAY_US // 2))
-        border_us = -(-known_us // steps[at % len(steps)]) * steps[at % len(steps)] if steps else known_us + 7
-        for moment in (known_us, known_us + 1, border_us, later_us):
-            if begin_us <= moment <= begin_us + _DAY_US:
-                pairs.add((moment, entity_id))
-    ordered = sorted(pairs)
-    return Sample([entity_id for _, entity_id in ordered], np.array([moment for moment, _ in ordered], np.int64))
-
-
-def _streamed(view: View, events: Sequence[Events], sample: Sample, begin_us: int) -> Computed:
-    """States built from what was known before the day, then kept up to date batch by batch and read in between."""
-    kernel = ViewKernel(view)
-    states: dict[str, bytes | None] = dict.fromkeys(sample.entity_ids)
-    orders = [np.lexsort((batch.sequence, batch.known_us)) for batch in events]
-    times = [batch.known_us[order] for batch, order in zip(events, orders, strict=True)]
-    done = [0] * len(events)
-
-    def catch_up(moment_us: int) -> None:
-        for number, (batch, order) in enumerate(zip(events, orders, strict=True)):
-            upto = int(np.searchsorted(times[number], moment_us))
-            if upto > done[number]:
-                some = batch.take(order[done[number] : upto])
-                for entity_id in kernel.entities(some):
-                    states.setdefault(entity_id, None)
-                states.update(kernel.apply(states, some, order_positions(done[number], upto)))
-                done[number] = upto
-
-    def order_positions(start: int, end: int) -> NDArray[np.int64]:
-        return np.arange(start + 1, end + 1, dtype=np.int64)
-
-    catch_up(begin_us)
-    rows = []
-    for moment, members in _moments_of(sample):
-        catch_up(moment)
-        rows.append(kernel.rows([states[member] for member in members], moment))
-    return _stacked(rows)
-
-
-def _requested(view: View, events: Sequence[Events], sample: Sample) -> Computed:
-    """Each row from nothing but the events, as if there were no store."""
-    kernel = ViewKernel(view)
-    by_entity = [_places(batch, view.entity) for batch in events]
-    rows = []
-    for entity_id, moment in zip(sample.entity_ids, sample.as_of_us.tolist(), strict=True):
-        states: dict[str, bytes | None] = {entity_id: None}
-        for batch, places in zip(events, by_entity, strict=True):
-            mine = places.get(entity_id, np.zeros(0, np.int64))
-            some = batch.take(mine[batch.known_us[mine] < moment])
-            if len(some):
-                states |= kernel.apply(states, some)
-        rows.append(kernel.rows([states[entity_id]], moment))
-    return _stacked(rows)
-
-
-def _places(events: Events, entity: str) -> dict[str, NDArray[np.int64]]:
-    """Where each entity's events stand."""
-    places: dict[str, list[int]] = {}
-    for at, entity_id in enumerate(events.entities[entity]):
-        if entity_id is not None:
-            places.setdefault(entity_id, []).append(at)
-    return {entity_id: np.array(some, np.int64) for entity_id, some in places.items()}
-
-
-def _moments_of(sample: Sample) -> Iterator[tuple[int, Sequence[str]]]:
-    """Every moment in order, with who is asked about at it."""
-    moments, starts = np.unique(sample.as_of_us, return_index=True)
-    ends = [*starts[1:].tolist(), len(sample.as_of_us)]
-    for moment, start, end in zip(moments.tolist(), starts.tolist(), ends, strict=True):
-        yield moment, sample.entity_ids[start:end]
-
-
-def _stacked(rows: Sequence[Computed]) -> Computed:
-    return Computed(
-        np.concatenate([row.values for row in rows]),
-        np.concatenate([row.null for row in rows]),
-        np.concatenate([row.known for row in rows]),
-    )
-
-
-def _rows(computed: Computed, at: NDArray[np.int64]) -> Computed:
+def _taken(computed: Computed, at: NDArray[np.int64]) -> Computed:
     return Computed(computed.values[at], computed.null[at], computed.known[at])
 
 
 def _compare(view: View, given: Computed, truth: Computed) -> list[ColumnSkew]:
     return compare(view.name, view.columns, given.float32(), given.null, truth)
-
-
-def _with_defaults(view: View, computed: Computed) -> Computed:
-    """As a training set has it."""
-    values, null = computed.values.copy(), computed.null.copy()
-    for at, default in enumerate(view.defaults):
-        if default is not None:
-            values[null[:, at], at] = default
-            null[:, at] = False
-    return Computed(values, null, computed.known)
 
 
 def _some(path: str, rows: int, random: np.random.Generator) -> pa.Table:
@@ -313,24 +274,16 @@ def _some(path: str, rows: int, random: np.random.Generator) -> pa.Table:
     return table.take(np.sort(random.permutation(table.num_rows)[:rows]))
 
 
-def _moments(column: Any) -> NDArray[np.int64]:
-    if pa.types.is_timestamp(column.type):
-        column = pc.cast(pc.cast(column, pa.timestamp("us", tz=column.type.tz), safe=False), pa.int64())
-    return np.asarray(column.to_numpy(), dtype=np.int64)
-
-
-def as_json(checked: Sequence[Checked]) -> str:
-    """One object: path -> columns and notes."""
-    return json.dumps(
-        {
-            one.path: {
-                "agrees": one.agrees,
-                "columns": [_plain(column) for column in one.columns],
-                "notes": list(one.notes),
-            }
-            for one in checked
+def as_plain(checked: Sequence[Checked]) -> dict[str, Any]:
+    """Path -> whether it agrees, its columns and notes, for machines."""
+    return {
+        one.path: {
+            "agrees": one.agrees,
+            "columns": [_plain(column) for column in one.columns],
+            "notes": list(one.notes),
         }
-    )
+        for one in checked
+    }
 
 
 def _plain(column: ColumnSkew) -> Mapping[str, Any]:

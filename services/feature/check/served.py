@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import struct
 import time
 from collections import deque
@@ -105,17 +106,27 @@ class ServedLog:
             return
         encode = msgspec.msgpack.Encoder().encode
         packed = b"".join(_length.pack(len(body)) + body for body in map(encode, records))
+        whole = -1
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._file is None or self._file.stat().st_size > _FILE_BYTES:
                 self._file = self._folder / f"{time.time_ns() // 1000}-{self._instance}{_SUFFIX}"
                 self._make_room()
+            whole = self._file.stat().st_size if self._file.exists() else 0
             with self._file.open("ab") as file:
                 file.write(packed)
         except OSError as error:
             self.dropped += len(records)
-            self._file = None
+            self._undo(whole)
             log.warning("served rows not kept", extra={"folder": str(self._folder), "reason": str(error)})
+
+    def _undo(self, whole: int) -> None:
+        """Cuts off what a full disk took a part of, so that it goes on when there is room; else begins another."""
+        file, self._file = self._file, None
+        if file is not None and whole >= 0:
+            with contextlib.suppress(OSError):
+                os.truncate(file, whole)
+                self._file = file
 
     async def _keep_writing(self) -> None:
         while True:

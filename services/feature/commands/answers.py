@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_text
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from services.feature.check import checks
-from services.feature.check.checks import Checked
-from services.feature.check.skew import ColumnSkew
-from services.feature.commands import openmetrics, operations, plots, screen, sources
+from services.feature.commands import operations, plots, screen, sources
 from services.feature.commands.entity import EntityRow
 from services.feature.commands.moments import age, iso, now_us
 from services.feature.commands.place import Place
@@ -26,24 +21,15 @@ from services.feature.offline.backfill import Days
 from services.feature.offline.backfill import backfill as backfill_view
 from services.feature.offline.parts import Parts
 from services.feature.offline.store import OfflineStore
-from services.feature.offline.training import Labels, Wanted, examined
-from services.feature.offline.training import training_set as join_labels
 
-OK, FAILED = 0, 1
+if TYPE_CHECKING:
+    from services.feature.offline.training import Labels, Wanted
+
 _MOST_PLOTS = 12
+_WIDEST = 100  # columns of a terminal
 _MOST_CHANGES = 4
 _US_PER_S = 1_000_000
 _STEPS = ((86_400 * _US_PER_S, "d"), (3_600 * _US_PER_S, "h"), (60 * _US_PER_S, "m"), (_US_PER_S, "s"))
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What to check; None or empty for not that."""
-
-    day: date | None
-    views: Sequence[str]
-    training_set: str
-    served: Path | None
 
 
 def validate(definitions: Definitions, place: Place, *, json: bool) -> int:
@@ -59,7 +45,7 @@ def validate(definitions: Definitions, place: Place, *, json: bool) -> int:
     if json:
         told = {"definitions": place.definitions, "offline": place.offline, "valid": not problems}
         screen.print_json({**told, "views": views, "sources": found, "problems": problems})
-        return FAILED if problems else OK
+        return 1 if problems else 0
     rows = [
         (
             view.view,
@@ -81,7 +67,7 @@ def validate(definitions: Definitions, place: Place, *, json: bool) -> int:
     for problem in problems:
         typer.echo(f"tenfold: {problem}", err=True)
     typer.echo(f"{place.definitions}: {'wrong' if problems else 'valid'}")
-    return FAILED if problems else OK
+    return 1 if problems else 0
 
 
 def _window(one: operations.Windows) -> str:
@@ -100,18 +86,23 @@ async def plan(
     if json:
         screen.print_json({"mesh": reached.mesh, "at_us": at_us, "at": iso(at_us), "views": found})
         return
-    head = ("view", "change", "kind", "generation", "rows", "entities", "bytes", "counted up to", "age", "columns")
+    head = ("view", "change", "kind", "generation", "rows", "entities", "bytes", "age")
     screen.print_table(head, [_planned(one) for one in found], right=("rows", "entities", "bytes"))
+    for one in found:
+        if one.change is Change.CHANGED and (told := _changed_columns(one)):
+            typer.echo(f"{one.view}: {told}")
 
 
 def _planned(one: PlannedView) -> Sequence[object]:
     generations = f"{one.generation or '-'} -> {one.next_generation or '-'}"
-    changes = [f"+{name}" for name in one.added] + [f"-{name}" for name in one.removed]
-    told = f"{len(changes)}" if one.change in (Change.NEW, Change.UNDEFINED) else ", ".join(changes[:_MOST_CHANGES])
-    if one.change is Change.CHANGED and len(changes) > _MOST_CHANGES:
-        told += f" and {len(changes) - _MOST_CHANGES} more"
     sizes = screen.count(one.rows), screen.count(one.entities), screen.size(one.bytes)
-    return one.view, one.change, one.kind, generations, *sizes, iso(one.watermark_us) or "-", age(one.age_s), told
+    return one.view, one.change, one.kind, generations, *sizes, age(one.age_s)
+
+
+def _changed_columns(one: PlannedView) -> str:
+    changes = [f"+{name}" for name in one.added] + [f"-{name}" for name in one.removed]
+    more = f" and {len(changes) - _MOST_CHANGES} more" if len(changes) > _MOST_CHANGES else ""
+    return ", ".join(changes[:_MOST_CHANGES]) + more
 
 
 async def materialize(
@@ -141,7 +132,7 @@ async def materialize(
         )
         for one in found
     ]
-    head = ("view", "kind", "generation", "rows", "seconds", "rows/s", "")
+    head = ("view", "kind", "generation", "rows", "seconds", "rows/s", "outcome")
     screen.print_table(head, rows, right=("rows", "seconds", "rows/s"))
 
 
@@ -185,13 +176,31 @@ def training_set(
         "views": views,
         "out": out,
     }
+    # reads any file that Arrow knows, and takes its time to load
+    from services.feature.offline.training import examined
+    from services.feature.offline.training import training_set as join_labels
+
     if dry:
         _say_dry({**told, "rows": examined(labels, wanted), "columns": list(wanted.columns)}, json=json)
         return
     with screen.Progress("rows") as progress:
         began = _Timer()
-        parts = join_labels(offline, labels, wanted, out, restart=restart, progress=progress.of("joining"))
-    _say_parts({**told, "columns": len(wanted.columns)}, parts, began, json=json)
+        known: dict[str, tuple[int, int]] = {}
+
+        def count(view: str, some: int, rows: int) -> None:
+            before = known.get(view, (0, 0))
+            known[view] = before[0] + some, before[1] + rows
+
+        parts = join_labels(offline, labels, wanted, out, restart=restart, progress=progress.of("joining"), known=count)
+    shares = {view: some / rows for view, (some, rows) in known.items()}
+    _say_parts({**told, "columns": len(wanted.columns), "known": shares}, parts, began, json=json)
+    if not json and shares:
+        entities = {view.name: view.entity for view in wanted.views}
+        typer.echo("known by then: " + ", ".join(f"{view} {screen.share(one)}" for view, one in shares.items()))
+        for view in (view for view, one in shares.items() if not one):
+            typer.echo(
+                f"view {view!r}: nothing was known of any {entities[view]}: are ids and moments right?", err=True
+            )
 
 
 class _Timer:
@@ -209,7 +218,8 @@ def _say_dry(told: dict[str, object], *, json: bool) -> None:
         return
     for name, value in told.items():
         shown = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else value
-        typer.echo(f"{name:<8} {shown}")
+        text = f"{name:<8} {shown}"
+        typer.echo(textwrap.fill(text, _WIDEST, subsequent_indent=" " * 9, break_on_hyphens=False))
     typer.echo("nothing was written")
 
 
@@ -218,7 +228,9 @@ def _say_parts(told: dict[str, object], parts: Parts, began: _Timer, *, json: bo
     if json:
         screen.print_json({**told, "parts": len(parts.rows), "rows": rows, "seconds": seconds})
         return
-    typer.echo(f"{parts.folder}: rows {rows:,}, parts {len(parts.rows):,}, {seconds:.1f} s")
+    typer.echo(
+        f"{parts.folder}: {rows:,} rows in {len(parts.rows):,} part{'s' * (len(parts.rows) != 1)}, {seconds:.1f} s"
+    )
 
 
 async def show(reached: Reached, definitions: Definitions, names: Sequence[str], entity_id: str, *, json: bool) -> None:
@@ -236,10 +248,14 @@ async def show(reached: Reached, definitions: Definitions, names: Sequence[str],
 
 
 def _print_row(row: EntityRow) -> None:
-    until = f"counted up to {iso(row.event_us)}, {age(row.age_s)} ago" if row.found else "no row"
-    where = f"generation {row.generation}, watermark {iso(row.watermark_us) or 'none'}"
-    kept = f", expires at {age(row.ttl_s)}" if row.ttl_s else ""
-    typer.echo(f"{row.view} ({row.entity}, {row.kind}): {until}{kept}; {where}")
+    typer.echo(f"{row.view} ({row.entity}, {row.kind}), generation {row.generation}")
+    watermark = iso(row.watermark_us) or "none"
+    if row.found:
+        kept = f", expires at {age(row.ttl_s)}" if row.ttl_s else ""
+        typer.echo(f"  counted up to {iso(row.event_us)}, {age(row.age_s)} ago{kept}")
+    else:
+        typer.echo("  no row")
+    typer.echo(f"  watermark of the view {watermark}")
     if row.note:
         typer.echo(f"  {row.note}")
     if row.found:
@@ -274,7 +290,7 @@ async def stats(
 
 
 def _print_views(found: Sequence[Looked]) -> None:
-    head = ("view", "kind", "generation", "rows", "bytes", "counted up to", "age", "row age p50", "expired", "sampled")
+    head = ("view", "kind", "generation", "rows", "bytes", "age", "row age p50", "expired", "sampled")
     rows = [
         (
             s.view,
@@ -282,7 +298,6 @@ def _print_views(found: Sequence[Looked]) -> None:
             s.generation or "-",
             screen.count(s.rows),
             screen.size(s.bytes),
-            iso(s.watermark_us) or "-",
             age(s.age_s),
             age(s.row_age_s[1]),
             screen.share(s.expired),
@@ -322,58 +337,3 @@ def _print_plots(found: Sequence[Looked], columns: Sequence[str], *, wanted: boo
         typer.echo(plots.distribution(title, values, colour=colour))
     if len(pictures) > _MOST_PLOTS:
         typer.echo(f"and {len(pictures) - _MOST_PLOTS} more columns; choose with --column")
-
-
-def check(offline: OfflineStore, definitions: Definitions, asked: Asked, metrics: Path | None, *, json: bool) -> int:
-    """The exit status: 1 where anything mismatches."""
-    found: list[Checked] = []
-    with screen.Progress("rows") as progress:
-        if asked.day:
-            views = operations.chosen(definitions, asked.views)
-            found += checks.day(offline, views, asked.day, progress=progress.doing)
-        if asked.training_set:
-            progress.doing("training set", 0.0)
-            found.append(checks.training(offline, definitions, asked.training_set))
-        if asked.served:
-            progress.doing("served", 0.0)
-            found.append(checks.served(offline, definitions, asked.served))
-    if metrics:
-        openmetrics.write(metrics, found)
-    agrees = all(one.agrees for one in found)
-    if json:
-        screen.print_json({"agrees": agrees, "checks": json_text.loads(checks.as_json(found))})
-    else:
-        for one in found:
-            _print_checked(one)
-    return OK if agrees else FAILED
-
-
-def _print_checked(one: Checked) -> None:
-    wrong = [skew for skew in one.columns if skew.mismatched]
-    rows = max((skew.rows for skew in one.columns), default=0)
-    verdict = f"{len(wrong)} of them differ" if wrong else "all agree"
-    told = f"{len(one.columns)} features over up to {rows:,} rows each; {verdict}" if rows else "nothing was compared"
-    typer.echo(f"{one.path}: {told}")
-    for note in dict.fromkeys(one.notes):
-        typer.echo(f"  {note}")
-    if wrong:
-        head = (
-            "  feature",
-            "rows",
-            "differ",
-            "worst",
-            "null given",
-            "null expected",
-            "p50 given",
-            "p50 expected",
-            "shift",
-        )
-        screen.print_table(head, [_skewed(skew) for skew in sorted(wrong, key=lambda s: -s.share)], right=head[1:])
-
-
-def _skewed(skew: ColumnSkew) -> Sequence[object]:
-    middle = screen.number(skew.quantiles_given[1]), screen.number(skew.quantiles_expected[1])
-    nulls = screen.share(skew.null_given), screen.share(skew.null_expected)
-    worst = "null" if skew.worst == float("inf") else f"{skew.worst:.2g}"
-    name = f"  {skew.view}.{skew.column}"
-    return name, screen.count(skew.rows), screen.share(skew.share), worst, *nulls, *middle, f"{skew.shift:.3f}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,11 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 Restart = Annotated[bool, typer.Option("--restart", help="Make everything again, also what is whole.")]
 At = Annotated[str, typer.Option(help="The moment: ISO 8601 or microseconds since 1970; now if left out.")]
 DEFAULT_STACK = "default"
+_HELP = """Features: define, compute, store, look, check.
+
+Exit status: 0 where all is well; 1 where something failed, or does not agree; 2 where definitions or the question make
+no sense; 130 where it was interrupted: what is whole stays, and the same command goes on.
+"""
 
 
 class NoStore(Exception):
@@ -56,7 +62,7 @@ class Nonsense(ValueError):
 
 def commands(place_of: PlaceOf) -> typer.Typer:
     """The command group."""
-    app = typer.Typer(help="Features: define, compute, store, look, check.", no_args_is_help=True)
+    app = typer.Typer(help=_HELP, no_args_is_help=True)
 
     @app.command("validate")
     def validate(
@@ -143,14 +149,14 @@ def commands(place_of: PlaceOf) -> typer.Typer:
     ) -> None:
         """Write a view's rows at the end of every day. What was cut off goes on where it stopped."""
         from services.feature.commands import answers
-        from services.feature.commands.moments import day
         from services.feature.offline.backfill import Days
 
         with _told():
             place = _place(place_of(mesh, stack), definitions, offline)
             defined = _definitions(place)
-            with _sense():
-                days = Days(day(first), day(last))
+            first_day, last_day = _day("--from", first), _day("--to", last)
+            with _sense("--to"):
+                days = Days(first_day, last_day)
             answers.backfill(
                 _events(place), defined.view(view), days, out, buckets=buckets, restart=restart, dry=dry_run, json=json
             )
@@ -219,7 +225,7 @@ def commands(place_of: PlaceOf) -> typer.Typer:
         json: Json = False,
     ) -> None:
         """Whether what was served, trained on or streamed is what the events say. Exit status 1 where it is not."""
-        from services.feature.commands import answers
+        from services.feature.commands import checking
 
         with _told():
             if not (day or training_set or served):
@@ -227,8 +233,8 @@ def commands(place_of: PlaceOf) -> typer.Typer:
             if view and not day:
                 raise Nonsense("--view goes with --day")
             place = _place(place_of(mesh, stack), definitions, offline)
-            asked = answers.Asked(_day(day) if day else None, view or [], training_set, served)
-            status = answers.check(_events(place), _definitions(place), asked, metrics, json=json)
+            asked = checking.Asked(_day("--day", day) if day else None, view or [], training_set, served)
+            status = checking.check(_events(place), _definitions(place), asked, metrics, json=json)
         raise typer.Exit(status)
 
     @app.command("stats")
@@ -302,14 +308,14 @@ def _run(place: Place, use: Callable[[Reached], Awaitable[T]]) -> T:
 def _moment(text: str) -> int:
     from services.feature.commands.moments import moment_us, now_us
 
-    with _sense():
+    with _sense("--at"):
         return moment_us(text) if text else now_us()
 
 
-def _day(text: str) -> date:
+def _day(option: str, text: str) -> date:
     from services.feature.commands.moments import day
 
-    with _sense():
+    with _sense(option):
         return day(text)
 
 
@@ -321,20 +327,21 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _sense() -> Iterator[None]:
+def _sense(option: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise Nonsense(str(error)) from None
+        raise Nonsense(f"{option}: {error}") from None
 
 
 @contextmanager
 def _told() -> Iterator[None]:
     """Ends the command with one clear line where it fails for a reason that can be foreseen."""
+    logging.getLogger("services").addHandler(logging.NullHandler())  # what it would warn of, that line says
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("tenfold: interrupted; what is whole stays", err=True)
+        typer.echo("tenfold: interrupted; what is whole stays, and the same command goes on", err=True)
         raise typer.Exit(130) from None
     except Exception as error:
         status = _status_of(error)

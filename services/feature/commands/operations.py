@@ -13,7 +13,7 @@ from services.feature.commands.planning import Expected, PlannedView
 from services.feature.commands.reach import WITHIN_S, Reached
 from services.feature.commands.sampling import SampledRows, sampled
 from services.feature.commands.stats import Looked, look
-from services.feature.define.definition import RequestView, View
+from services.feature.define.definition import INPUT, DefinitionError, RequestView, View
 from services.feature.define.definitions import Definitions
 from services.feature.offline.store import OfflineError, OfflineStore
 from services.feature.online import loading
@@ -52,7 +52,7 @@ class Described:
 
 
 def described(definitions: Definitions) -> list[Described]:
-    return [*map(_stored, definitions.views), *map(_request, definitions.request_views)]
+    return [*map(_stored, definitions.views), *(_request(view, definitions) for view in definitions.request_views)]
 
 
 def _stored(view: View) -> Described:
@@ -69,8 +69,9 @@ def _stored(view: View) -> Described:
     )
 
 
-def _request(view: RequestView) -> Described:
-    reads = sorted({f"input.{name}" for name in view.inputs})
+def _request(view: RequestView, definitions: Definitions) -> Described:
+    read = {name.partition(".")[0] for one in view.expressions(definitions.views) for name in one.columns} - {INPUT}
+    reads = [*(f"{INPUT}.{name}" for name in view.inputs), *sorted(read)]
     return Described(view.name, "request", "", view.columns, reads, [], 0.0, "")
 
 
@@ -89,6 +90,9 @@ def chosen(definitions: Definitions, names: Sequence[str]) -> list[View]:
 def chosen_request_views(definitions: Definitions, names: Sequence[str]) -> tuple[list[View], list[RequestView]]:
     """Likewise, of request views too; and what those read comes along. Raises DefinitionError."""
     by_name = {view.name: view for view in definitions.request_views}
+    if unknown := [name for name in names if name not in by_name and name not in {v.name for v in definitions.views}]:
+        there = ", ".join([*(view.name for view in definitions.views), *by_name])
+        raise DefinitionError(f"there is no view {unknown[0]!r}; there are: {there}")
     requested = [view for view in definitions.request_views if not names or view.name in names]
     wanted = {name for name in names if name not in by_name}
     stored = chosen(definitions, sorted(wanted)) if wanted or not names else []

@@ -20,6 +20,7 @@ from services.feature.stream.states import StateStore
 from services.resilience.errors import Unavailable
 
 WITHIN_S = 5.0
+_FIRST_ANSWER_S = 2.0  # nobody should wait longer to learn that there is no store
 _PAUSE_S = 0.02
 _ONE_SERVER = ("redis", "rediss", "unix")
 """Schemes of a store that scripts may touch as a whole: stream views need one."""
@@ -54,7 +55,7 @@ class Reached:
 
 
 @contextlib.asynccontextmanager
-async def reach(url: str, mesh: str, within_s: float = WITHIN_S) -> AsyncIterator[Reached]:
+async def reach(url: str, mesh: str, within_s: float = _FIRST_ANSWER_S) -> AsyncIterator[Reached]:
     """Raises ValueError for a URL that names no store, and Unavailable where it does not answer in time."""
     check_url(url)
     async with contextlib.AsyncExitStack() as stack:

@@ -107,6 +107,9 @@ class Source:
     where: str = ""
 
     def __post_init__(self) -> None:
+        for what in ("entities", "values", "labels"):
+            if isinstance(given := getattr(self, what), str):  # ("driver") is no tuple
+                raise DefinitionError(f"source {self.name!r}: {what} must be a tuple of names, got {given!r}")
         for name in (self.name, self.event_us, self.known_us, self.sequence, *self.names):
             if not _NAME.fullmatch(name):
                 raise DefinitionError(f"source {self.name!r}: a name must match {_NAME.pattern}, got {name!r}")
@@ -347,6 +350,10 @@ def _problem(feature: Feature, entity: str) -> str:
 
 def _problems(feature: Feature, entity: str) -> Iterator[str]:
     source, aggregate, value = feature.source, feature.aggregate, feature.value
+    if not isinstance(aggregate, Aggregate):
+        allowed = ", ".join(one.name for one in Aggregate)
+        yield f"an aggregate must be of Aggregate, got {aggregate!r}, allowed: {allowed}"
+        return
     if entity not in source.entities:
         yield f"source {source.name!r} has no entity {entity!r}, allowed: {', '.join(source.entities)}"
     labels = (*source.labels, *source.entities)
@@ -377,6 +384,8 @@ _PARAMETERS = {
 
 def _has_valid_parameter(feature: Feature) -> bool:
     given = feature.parameter
+    if not isinstance(feature.aggregate, Aggregate):
+        return False  # and no name of it can be made
     if feature.aggregate is Aggregate.LAST_N:
         return given in range(1, MOST_LAST + 1)
     if feature.aggregate is Aggregate.TOP_K:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import importlib.util
 import sys
@@ -10,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
-from services.feature.define.definition import DefinitionError, RequestView, Source, View
+from services.feature.define.definition import Aggregate, DefinitionError, RequestView, Source, View
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,18 @@ class Definitions:
         """Raises DefinitionError naming those that exist."""
         found = next((view for view in self.views if view.name == name), None)
         if found is None:
-            raise DefinitionError(f"there is no view {name!r}; there are: {', '.join(v.name for v in self.views)}")
+            there = ", ".join(view.name for view in self.views) or "none"
+            if any(view.name == name for view in self.request_views):
+                raise DefinitionError(f"view {name!r} is worked out on request and not stored; stored are: {there}")
+            raise DefinitionError(f"there is no view {name!r}; there are: {there}")
+        return found
+
+    def request_view(self, name: str) -> RequestView:
+        """Likewise."""
+        found = next((view for view in self.request_views if view.name == name), None)
+        if found is None:
+            there = ", ".join(view.name for view in self.request_views) or "none"
+            raise DefinitionError(f"there is no request view {name!r}; there are: {there}")
         return found
 
 
@@ -53,13 +68,30 @@ def load(reference: str) -> Definitions:
     """
     try:
         module = _module(reference)
-        return Definitions(tuple(module.VIEWS), tuple(getattr(module, "REQUEST_VIEWS", ())))
     except DefinitionError as error:
         raise DefinitionError(f"{_where(error, reference)}: {error}") from None
-    except AttributeError as error:
-        raise DefinitionError(f"{reference}: a module of definitions must have VIEWS: {error}") from None
-    except (ImportError, SyntaxError, OSError, TypeError) as error:
-        raise DefinitionError(f"{_where(error, reference)}: {error}") from error
+    except Exception as error:  # the module is the user's, and may fail in any way
+        raise DefinitionError(f"{_where(error, reference)}: {_problem(error)}") from error
+    views = _declared(module, reference, "VIEWS", View)
+    request_views = _declared(module, reference, "REQUEST_VIEWS", RequestView, needed=False)
+    try:
+        return Definitions(views, request_views)
+    except DefinitionError as error:
+        raise DefinitionError(f"{reference}: {error}") from None
+
+
+def _declared(module: ModuleType, reference: str, name: str, kind: type[T], *, needed: bool = True) -> tuple[T, ...]:
+    if needed and not hasattr(module, name):
+        raise DefinitionError(f"{reference}: a module of definitions must have {name}")
+    found = getattr(module, name, ())
+    if not isinstance(found, (tuple, list)):
+        raise DefinitionError(f"{reference}: {name} must be a tuple of {kind.__name__}, got {type(found).__name__}")
+    for one in found:
+        if not isinstance(one, kind):
+            raise DefinitionError(
+                f"{reference}: {name} must hold {kind.__name__}, got {type(one).__name__}: {one!r:.60}"
+            )
+    return tuple(found)
 
 
 def beside(mesh_file: Path, reference: str) -> str:
@@ -80,9 +112,27 @@ def _module(reference: str) -> ModuleType:
     return module
 
 
-def _where(error: BaseException, reference: str) -> str:
-    """The line of the definitions that was being read: the last one outside this package."""
-    here = str(Path(__file__).parent)
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if not f.filename.startswith((here, "<"))]
+def _problem(error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return error.msg
+    if isinstance(error, (ImportError, OSError)):
+        return str(error)
+    if isinstance(error, AttributeError) and traceback.extract_tb(error.__traceback__)[-1].filename == enum.__file__:
+        # Python says no more than the name
+        return f"there is no {error}; of Aggregate there are: {', '.join(one.name for one in Aggregate)}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _where(error: Exception, reference: str) -> str:
+    """The line of the definitions that was being read: the last one outside this package and Python's own."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    ours, python = Path(__file__).parent, Path(enum.__file__).parent
+    outside = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<")
+        and ours not in (path := Path(frame.filename)).parents
+        and (python not in path.parents or "site-packages" in path.parts)
+    ]
     return f"{outside[-1].filename}:{outside[-1].lineno}" if outside else reference

@@ -25,7 +25,7 @@ class WindowError(ValueError):
 
 def length_us(text: str) -> int:
     """Microseconds in a whole number and s, m, h or d, as in "90s", "24h" or "7d"."""
-    if not (match := _LENGTH.fullmatch(text)):
+    if not isinstance(text, str) or not (match := _LENGTH.fullmatch(text)):
         raise WindowError(f"a window must be 1 to 9999 followed by s, m, h or d, got {text!r}")
     return int(match[1]) * _UNIT_US[match[2]]
 

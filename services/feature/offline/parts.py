@@ -46,15 +46,20 @@ class Parts:
         """
         fs, path = fsspec.core.url_to_fs(folder)
         parts = cls(folder, json.loads(json.dumps(facts)))
-        if not fs.exists(f"{path}/{_MANIFEST}"):
-            if fs.exists(path) and fs.ls(path):
-                raise PartsError(f"{folder} is not empty and has no {_MANIFEST}; name another folder")
-            fs.makedirs(path, exist_ok=True)
-        elif restart:
-            parts._forget(fs, path)
-        else:
-            parts._take_over(fs, path)
-        parts._record(fs, path)
+        try:
+            if not fs.exists(f"{path}/{_MANIFEST}"):
+                if fs.exists(path) and not fs.isdir(path):
+                    raise PartsError(f"{folder} is no folder; name another")
+                if fs.exists(path) and fs.ls(path):
+                    raise PartsError(f"{folder} is not empty and has no {_MANIFEST}; name another folder")
+                fs.makedirs(path, exist_ok=True)
+            elif restart:
+                parts._forget(fs, path)
+            else:
+                parts._take_over(fs, path)
+            parts._record(fs, path)
+        except OSError as error:
+            raise PartsError(f"{folder} cannot be used: {error.strerror or error}") from error
         return parts
 
     @classmethod

@@ -11,8 +11,8 @@ sql_tiles.py, sql_latest.py and sql_sketches.py compile the aggregates, sql_even
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from services.feature.define.clock import Clock
 from services.feature.define.definition import Source, View
@@ -55,11 +55,13 @@ class Program:
     """steps: temporary tables to create, in this order. rows: the last query.
 
     rows has row_id, and c0, c1, ... DOUBLE for the view's columns, in any order of rows; entities that nothing was
-    known of are absent.
+    known of are absent. places: DuckDB's own forms only: tables among the steps that `sql_places.find` makes of the
+    step's query and of this one.
     """
 
     steps: Sequence[Step]
     rows: str
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 def program(view: View, relation_of: RelationOf, dialect: Dialect = DUCKDB, clock: Clock = Clock.KNOWN) -> Program:
@@ -70,11 +72,12 @@ def program(view: View, relation_of: RelationOf, dialect: Dialect = DUCKDB, cloc
     steps = [(name, dialect.write(query)) for name, query in _asked()]
     fragments: list[Fragment] = []
     for reading in readings:
-        steps += [*reading.steps(), _begun(reading)]
+        steps += [*reading.steps(), *([] if dialect.own_forms else [_begun(reading)])]
         for compiled in (sql_tiles, sql_latest, sql_sketches):
             fragments += compiled.fragments(reading)
     steps += [step for fragment in fragments for step in fragment.steps]
-    return Program(steps, dialect.write(_rows(view, readings, fragments)))
+    places = {reading.places: reading.moments() for reading in readings} if dialect.own_forms else {}
+    return Program(steps, dialect.write(_rows(view, readings, fragments)), places)
 
 
 def needed(view: View, source: Source, clock: Clock = Clock.KNOWN) -> dict[str, Kind | None]:
@@ -116,11 +119,16 @@ def _rows(view: View, readings: Sequence[Reading], fragments: Sequence[Fragment]
     found = {column: expression for fragment in fragments for column, expression in fragment.columns.items()}
     columns = ["asked.row_id"]
     columns += [f"CAST({found[column]} AS DOUBLE) AS c{at}" for at, column in enumerate(view.columns)]
-    begun = [_begun_table(reading) for reading in readings]
-    joins = [f"LEFT JOIN {table} ON {table}.e = asked.e" for table in begun]
-    for table in dict.fromkeys(fragment.table for fragment in fragments):
+    tables = [fragment.table for fragment in fragments]
+    if readings[0].dialect.own_forms:
+        joins, tables = [], [*(reading.places for reading in readings), *tables]
+        known = " OR ".join(f"{reading.places}.file_row IS NOT NULL" for reading in readings)
+    else:
+        begun = [_begun_table(reading) for reading in readings]
+        joins = [f"LEFT JOIN {table} ON {table}.e = asked.e" for table in begun]
+        known = " OR ".join(f"{table}.begun_us < asked.t" for table in begun)
+    for table in dict.fromkeys(tables):
         # the running totals of a tile also end where no moment is
         moment = f" AND {table}.k = 0" if table.startswith("running") else ""
         joins.append(f"LEFT JOIN {table} ON {table}.e = asked.e AND {table}.t = asked.t{moment}")
-    known = " OR ".join(f"{table}.begun_us < asked.t" for table in begun)
     return "\n".join([f"SELECT {', '.join(columns)}", "FROM asked", *joins, f"WHERE {known}"])

@@ -22,6 +22,8 @@ ENTITIES = "entities"
 MOMENTS = "moments"
 """e, t: what is asked for, once each."""
 
+SCALARS = (Aggregate.COUNT, Aggregate.SUM, Aggregate.MEAN, Aggregate.STD, Aggregate.MIN, Aggregate.MAX)
+
 # a value that is not finite would stay in every sum it enters
 FINITE = "BETWEEN -1e300 AND 1e300"
 
@@ -88,6 +90,17 @@ class Reading:
         return f"events_{self.number}"
 
     @property
+    def places(self) -> str:
+        """DuckDB's own form has this table for each moment: see sql_places.py."""
+        return f"places_{self.number}"
+
+    @property
+    def windows(self) -> Sequence[tuple[int, int]]:
+        """Length and step, microseconds, of all that end on a grid."""
+        gridded = (f for f in self.features if f.aggregate in (*SCALARS, Aggregate.FIRST))
+        return list(dict.fromkeys((f.window_us, f.step_us) for f in gridded))
+
+    @property
     def features(self) -> Sequence[Feature]:
         return self.view.of(self.source)
 
@@ -118,6 +131,8 @@ class Reading:
         keys = {"entity_id": self.view.entity, "at_us": self.clock_column, "seq": self.source.sequence}
         listed = [f"{self._column(name)} AS {alias}" for alias, name in keys.items()]
         listed += [f"{self.value(name)} AS {alias}" for alias, name in columns.items()]
+        if self.dialect.own_forms:
+            listed.append(f"s.file_index * {_MOST_ROWS} + s.file_row_number AS file_row")
         wanted = [f"{self._column(name)} IS NOT NULL" for name in (*keys.values(), self.source.known_us)]
         if condition := self.source.condition():
             wanted.append(f"({condition.sql(self._operand, self.dialect.name)})")
@@ -129,19 +144,33 @@ class Reading:
         return name, written.replace(_PLACE, self.selected(columns)) if columns is not None else written
 
     def steps(self) -> Iterable[Step]:
-        """The events of the entities asked for."""
+        """The events of the entities asked for, and their places."""
+        asked = f"JOIN {ENTITIES} ON entities.entity_id = r.entity_id"
+        keys = "CAST(at_us AS BIGINT) AS at_us, CAST(seq AS BIGINT) AS seq"
+        if self.dialect.own_forms and all(_is_picked(f) for f in self.features):
+            yield self.step(self.places, f"SELECT entities.e, {keys}, file_row FROM {{source}} AS r {asked}", {})  # noqa: S608
+            return
         columns = {f"v{at}": name for at, name in enumerate(self.values)}
         raw = [f.value for f in self.features if f.aggregate is Aggregate.LAST_N]
         labels = {f"l{at}": name for at, name in enumerate(self.labels)}
-        listed = ["entities.e", "CAST(at_us AS BIGINT) AS at_us", "CAST(seq AS BIGINT) AS seq"]
+        listed = ["entities.e", keys, *(["file_row"] if self.dialect.own_forms else [])]
         for at in range(len(columns)):
             number = f"CAST(v{at} AS DOUBLE)"
             if self.values[at] in raw:
                 listed.append(f"{number} AS v{at}")
             listed += [f"CASE WHEN {number} {FINITE} THEN {number} END AS f{at}"]
         listed += [f"CAST({alias} AS VARCHAR) AS {alias}" for alias in labels]
-        query = f"SELECT {', '.join(listed)} FROM {{source}} AS r JOIN {ENTITIES} ON entities.entity_id = r.entity_id"  # noqa: S608
+        query = f"SELECT {', '.join(listed)} FROM {{source}} AS r {asked}"  # noqa: S608
         yield self.step(self.events, query, columns | labels)
+        if self.dialect.own_forms:
+            counted = "".join(f", CAST(f{at} IS NOT NULL AS BIGINT) AS n{at}" for at in range(len(columns)))
+            yield self.places, f"SELECT e, at_us, seq, file_row{counted} FROM {self.events}"  # noqa: S608
+
+    def moments(self) -> str:
+        """A query for the moments, and where the windows of each begin: null for all time."""
+        begins = [f"{tile_of('t', step)} - {window}" if window else "NULL" for window, step in self.windows]
+        listed = "".join(f", CAST({begin} AS BIGINT) AS b{at}" for at, begin in enumerate(begins))
+        return f"SELECT e, t{listed} FROM {MOMENTS}"  # noqa: S608
 
     def _operand(self, name: str) -> str:
         """A column that something is made of."""
@@ -156,6 +185,7 @@ class Reading:
         return f"s.{self.dialect.quoted(name)}"
 
 
+_MOST_ROWS = 2**40  # of a file
 _PLACE = "the_source_of_these_events"
 
 

@@ -2,7 +2,7 @@
 
 An event is found by its place: events and boundaries stand in one line per entity, and a running count says how many
 events came before each boundary. LAST is the event at that place, FIRST the one after the place of its window's
-beginning. DuckDB finds the same events faster by an as-of join on the keys alone.
+beginning. DuckDB's own form has those places already: see sql_places.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ def fragments(reading: Reading) -> Iterator[Fragment]:
     lasts = [f for f in reading.features if f.aggregate in (Aggregate.LAST, Aggregate.AGE_S)]
     lists = [f for f in reading.features if f.aggregate is Aggregate.LAST_N]
     firsts = [f for f in reading.features if f.aggregate is Aggregate.FIRST]
+    if reading.dialect.own_forms:
+        yield from _placed(reading, lasts, lists, firsts)
+        return
     if lasts or lists:
         latest, steps = _picked(reading, "latest", "t", backward=True)
         yield from _fetched(reading, latest, steps, lasts)
@@ -34,8 +37,7 @@ def fragments(reading: Reading) -> Iterator[Fragment]:
 def _picked(reading: Reading, name: str, boundary: str, *, backward: bool) -> tuple[str, list[Step]]:
     """A table with e, t, at_us, seq: the last event before the boundary or the first not before it, known before t."""
     table = reading.table(name)
-    find = _by_join if reading.dialect.own_forms else _by_place
-    return table, [reading.step(step, query) for step, query in find(reading, table, boundary, backward)]
+    return table, [reading.step(step, query) for step, query in _by_place(reading, table, boundary, backward)]
 
 
 def _by_place(reading: Reading, table: str, boundary: str, backward: bool) -> list[Step]:
@@ -59,15 +61,32 @@ WHERE p.k = 0 AND i.at_us < m.t"""  # noqa: S608
     return [(place, line), (in_order, numbered), (table, found)]
 
 
-def _by_join(reading: Reading, table: str, boundary: str, backward: bool) -> list[Step]:
-    which, compare = ("max", ">") if backward else ("min", "<=")
-    # of events known in the same microsecond one must be left, or the join would take any
-    keys = f"SELECT e, at_us, {which}(seq) AS seq FROM {reading.events} GROUP BY e, at_us"  # noqa: S608
-    found = f"""
-SELECT m.e, m.t, k.at_us, k.seq
-FROM (SELECT e, t, {boundary} AS b FROM {MOMENTS}) AS m ASOF JOIN ({keys}) AS k ON m.e = k.e AND m.b {compare} k.at_us
-WHERE k.at_us < m.t"""  # noqa: S608
-    return [(table, found)]
+def _placed(
+    reading: Reading, lasts: Sequence[Feature], lists: Sequence[Feature], firsts: Sequence[Feature]
+) -> Iterator[Fragment]:
+    """The events are known by their rows in the files."""
+    yield from _gathered(reading, "latest", "file_row", lasts)
+    latest = f"(SELECT e, t, at_us, seq FROM {reading.places} WHERE file_row IS NOT NULL)"  # noqa: S608
+    for number, value in enumerate(distinct(f.value for f in lists)):
+        yield _listed(reading, latest, [], [f for f in lists if f.value == value], number)
+    for number, window in enumerate(reading.windows):
+        same = [f for f in firsts if (f.window_us, f.step_us) == window]
+        yield from _gathered(reading, f"first_{number}", f"row_{number}", same)
+
+
+def _gathered(reading: Reading, name: str, row: str, features: Sequence[Feature]) -> Iterator[Fragment]:
+    """row: the column of `places` with the row of each moment's event."""
+    values = distinct(f.value for f in features if f.value)
+    table = reading.table("fetched", name) if values else reading.places
+    steps = []
+    if values:
+        listed = "".join(f", CAST(r.v{at} AS DOUBLE) AS v{at}" for at in range(len(values)))
+        query = (
+            f"SELECT p.e, p.t, p.at_us{listed} FROM {{source}} AS r JOIN {reading.places} AS p ON r.file_row = p.{row}"  # noqa: S608, E501
+        )
+        steps.append(reading.step(table, query, {f"v{at}": value for at, value in enumerate(values)}))
+    if features:
+        yield Fragment(steps, table, {f.name: _answer(f, table, values) for f in features})
 
 
 def _fetched(reading: Reading, picked: str, steps: Sequence[Step], features: Sequence[Feature]) -> Iterator[Fragment]:

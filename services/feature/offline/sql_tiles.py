@@ -21,14 +21,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from services.feature.define.definition import Aggregate, Feature
-from services.feature.offline.sql_events import MOMENTS, Fragment, Reading, Step, distinct, tile_of
-
-_SCALARS = (Aggregate.COUNT, Aggregate.SUM, Aggregate.MEAN, Aggregate.STD, Aggregate.MIN, Aggregate.MAX)
+from services.feature.offline import sql_frames
+from services.feature.offline.sql_events import MOMENTS, SCALARS, Fragment, Reading, Step, distinct, tile_of
 
 
 def fragments(reading: Reading) -> Iterator[Fragment]:
     """One per step of the source's windows."""
-    features = [f for f in reading.features if f.aggregate in _SCALARS]
+    features = [f for f in reading.features if f.aggregate in SCALARS]
+    if reading.dialect.own_forms:
+        yield from sql_frames.fragments(reading, features)
+        return
     for step_us in dict.fromkeys(f.step_us for f in features):
         yield _Level(reading, step_us, [f for f in features if f.step_us == step_us]).fragment()
 
@@ -136,36 +138,14 @@ WHERE k = 0{" OR is_end = 1" if self.step_us else ""}"""  # noqa: S608
         tiles = f"SELECT {', '.join(('e', 'tile', '1 AS k', *slots))} FROM {running} WHERE is_end = 1 AND c > 0"  # noqa: S608
         asked = f"SELECT DISTINCT e, tile, 0 AS k{self._nulls()} FROM {running} WHERE k = 0"  # noqa: S608
         line = f"{tiles} UNION ALL {asked}"
-        if self.reading.dialect.own_forms:
-            yield from self._placed(table, line)
-        else:
-            yield self.reading.step(table, line)
+        yield self.reading.step(table, line)
         overs = [
-            f"OVER (PARTITION BY e ORDER BY tile, k ROWS BETWEEN rows_{w} PRECEDING AND 1 PRECEDING)"
-            if self.reading.dialect.own_forms
-            else f"OVER (PARTITION BY e ORDER BY tile RANGE BETWEEN {window_us} PRECEDING AND 1 PRECEDING)"
-            for w, window_us in enumerate(self.windows)
+            f"OVER (PARTITION BY e ORDER BY tile RANGE BETWEEN {window_us} PRECEDING AND 1 PRECEDING)"
+            for window_us in self.windows
         ]
         columns = [f"{found} AS {name}_{w}" for w, over in enumerate(overs) for name, found in self._over_tiles(over)]
         query = f"SELECT * FROM (SELECT e, tile, k, {', '.join(columns)} FROM {table}) AS framed WHERE k = 0"  # noqa: S608
         yield self.reading.step(frames, query)
-
-    def _placed(self, table: str, line: str) -> Iterator[Step]:
-        """The line, and how many rows each frame has: DuckDB would look for the frame's ends once per aggregate."""
-        places = self._named("places")
-        place = "row_number() OVER (PARTITION BY e ORDER BY tile, k) AS place"
-        yield self.reading.step(places, f"SELECT *, {place} FROM ({line}) AS line")  # noqa: S608
-        tiles = f"(SELECT e, tile, place FROM {places} WHERE k = 1)"  # noqa: S608
-        joins, counts = [], []
-        for w, window_us in enumerate(self.windows):
-            joins.append(f"ASOF LEFT JOIN {tiles} AS t{w} ON m.e = t{w}.e AND m.tile - {window_us} <= t{w}.tile")
-            counts.append(f"CASE WHEN t{w}.place < m.place THEN m.place - t{w}.place ELSE 0 END AS rows_{w}")
-        zeros = "".join(f", 0 AS rows_{w}" for w in range(len(self.windows)))
-        query = f"""
-SELECT * EXCLUDE (place){zeros} FROM {places} WHERE k = 1
-UNION ALL SELECT m.e, m.tile, 0{self._nulls()}, {", ".join(counts)}
-FROM (SELECT e, tile, place FROM {places} WHERE k = 0) AS m {" ".join(joins)}"""  # noqa: S608
-        yield self.reading.step(table, query)
 
     def _nulls(self) -> str:
         names = [*(slot.name for slot in self.windowed_slots), *(f"m{at}" for at in self.deviating)]

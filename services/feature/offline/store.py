@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from services.feature.define.definition import Source, View
 from services.feature.define.rows import Computed
-from services.feature.offline import sql
+from services.feature.offline import sql, sql_places
 from services.feature.offline.files import Files, OfflineError, file_facts
 from services.feature.offline.sql import Clock
 from services.feature.offline.sql import program as compile_program
@@ -166,7 +166,10 @@ def _run(con: duckdb.DuckDBPyConnection, program: sql.Program, spine: pa.Table, 
     con.register("given_spine", spine)
     steps = [(sql.SPINE, "SELECT * FROM given_spine"), *program.steps]
     for name, query in steps:
-        con.execute(f"CREATE OR REPLACE TEMP TABLE {name} AS {query}")
+        if name in program.places:
+            sql_places.find(con, name, query, program.places[name])
+        else:
+            con.execute(f"CREATE OR REPLACE TEMP TABLE {name} AS {query}")
     for batch in con.sql(program.rows).to_arrow_reader(_BATCH_ROWS):
         at = batch.column(0).to_numpy()
         made.known[at] = True
@@ -179,7 +182,10 @@ def _run(con: duckdb.DuckDBPyConnection, program: sql.Program, spine: pa.Table, 
                 made.null[at, number] = False
             made.values[at, number] = column.to_numpy()
     for name, _ in steps:
-        con.execute(f"DROP TABLE {name}")
+        if name in program.places:
+            sql_places.forget(con, name)
+        else:
+            con.execute(f"DROP TABLE {name}")
     con.unregister("given_spine")
 
 

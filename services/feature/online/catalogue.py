@@ -84,12 +84,16 @@ class Pointer(msgspec.Struct, frozen=True):
     schema_hash: str
     watermark_us: int
     generation: int = 0
+    kind: str = "row"
 
     def check(self, schema: ViewSchema) -> None:
-        """Raises BadInput where rows of the schema would stand among rows of another.
+        """Raises BadInput where rows of the schema would stand among states, or among rows of another.
 
         Rows of generation 0 may change their schema one by one, as they always could.
         """
+        if self.kind != "row":
+            told = f"must be a view of rows, but {schema.name!r} is maintained by stream, and its states are not ours"
+            raise BadInput(Violation("kind", f"{told} to write; load and publish a generation of rows"))
         if self.generation and self.schema_hash != f"{schema.schema_hash:016x}":
             told = (
                 f"must be {self.schema_hash}, with which generation {self.generation} of view {schema.name!r} is "
@@ -163,7 +167,7 @@ class Catalogue:
                 at = before.generation if before else 0
                 if view.name not in loaded:
                     after[view.name] = msgspec.json.encode(_stays(view, before))
-                elif before and at != view.generation and _later(before, view) and not even_if_older:
+                elif before and at != view.generation and _stands(before, view, even_if_older):
                     overtaken[view.name] = view.generation
                     after[f"#{view.name}"] = msgspec.json.encode(generations.given_up(listed, view.generation))
                 else:
@@ -241,9 +245,14 @@ def _next(fields: Fields) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _later(published: Pointer, view: PublishedView) -> bool:
-    """Whether what is published counted later events; of equals, whether it was begun later."""
-    return (published.watermark_us, published.generation) > (view.watermark_us, view.generation)
+def _stands(published: Pointer, view: PublishedView, even_if_older: bool) -> bool:
+    """Whether what is published stays: it counted later events or, of equals, was begun later.
+
+    Of states, whether it was begun later: what was built before it is no longer kept up to date by anyone.
+    """
+    if published.kind == view.kind == "state":
+        return published.generation > view.generation
+    return not even_if_older and (published.watermark_us, published.generation) > (view.watermark_us, view.generation)
 
 
 def _stays(view: PublishedView, published: Pointer | None) -> PublishedView:

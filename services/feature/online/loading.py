@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from services.feature.define.definition import View
 from services.feature.offline.store import OfflineStore, Spine
-from services.feature.online.store import MAX_ID_BYTES, OnlineStore
+from services.feature.online.store import OnlineStore, is_id
 from services.resilience.errors import CallError
 
 _CELLS_AT_ONCE = 20_000_000  # 9 bytes each, and twice that, as the next part is computed while one is loaded
@@ -50,9 +50,18 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
+    """Some of a view's rows, of `all`.
+
+    skipped: entities without a row. last: whether the view has no more.
+    """
+
+    view: View
     entity_ids: Sequence[str]
     values: NDArray[np.float32]
     null: NDArray[np.bool_]
+    all: int
+    skipped: int
+    last: bool
 
 
 async def load(
@@ -71,11 +80,9 @@ async def load(
     """
     if stream := next((view.name for view in views if view.stream), ""):
         raise ValueError(f"view {stream!r} is maintained by stream: its states are built, not loaded")
-    done: list[Loaded] = []
+    begun: dict[str, int] = {}
     try:
-        for view in views:
-            # one by one: what is there when another fails is removed
-            done.append(await _load(offline, store, view, moment_us, tell, at_once))  # noqa: PERF401
+        done = await _loaded(offline, store, views, moment_us, tell, at_once, begun)
         published = await store.publish(
             [view.schema() for view in views],
             moment_us,
@@ -83,9 +90,9 @@ async def load(
             {one.view: one.generation for one in done},
         )
     except Exception:
-        for one in done:
-            with contextlib.suppress(CallError):  # then a later materialisation removes it
-                await store.retire(one.view, one.generation, 0.0)
+        for view_name, generation in begun.items():
+            with contextlib.suppress(CallError, ValueError):  # a later one removes it, or it was published after all
+                await store.retire(view_name, generation, 0.0)
         raise
     return [
         replace(one, replaced=published.replaced.get(one.view, 0), overtaken=one.view in published.overtaken)
@@ -104,48 +111,66 @@ async def retire(store: OnlineStore, loaded: Sequence[Loaded], grace_s: float) -
     return list(await asyncio.gather(*map(removed, loaded)))
 
 
-async def _load(
-    offline: OfflineStore, store: OnlineStore, view: View, moment_us: int, tell: Tell, at_once: int
-) -> Loaded:
-    began = time.monotonic()
-    schema = view.schema()
-    found = await asyncio.to_thread(offline.entity_ids, view, moment_us)
-    ids = [entity_id for entity_id in found if 0 < len(entity_id.encode()) <= MAX_ID_BYTES]
-    generation = await store.begin(schema)
-    rows = verified = 0
-    tell(view.name, 0, len(ids))
+async def _loaded(
+    offline: OfflineStore,
+    store: OnlineStore,
+    views: Sequence[View],
+    moment_us: int,
+    tell: Tell,
+    at_once: int,
+    begun: dict[str, int],
+) -> list[Loaded]:
+    """begun: is told of each view's generation before it has a row."""
+    done: list[Loaded] = []
+    parts = _parts(offline, views, moment_us, at_once)
+    # the queries block, and the online store's connection must not wait for them
+    computing = asyncio.create_task(asyncio.to_thread(next, parts, None))
+    began, rows, verified = time.monotonic(), 0, 0
     try:
-        parts = _parts(offline, view, ids, moment_us, at_once)
-        # the queries block, and the online store's connection must not wait for them
-        computing = asyncio.create_task(asyncio.to_thread(next, parts, None))
-        try:
-            while (part := await computing) is not None:
-                computing = asyncio.create_task(asyncio.to_thread(next, parts, None))
-                for start in range(0, len(part.entity_ids), _TOLD_EVERY):
-                    some = slice(start, start + _TOLD_EVERY)
-                    given = part.entity_ids[some], moment_us, part.values[some], part.null[some]
-                    await store.load(schema, generation, *given)
-                    rows += len(given[0])
-                    tell(view.name, rows, len(ids))
-                given = part.entity_ids, moment_us, part.values, part.null
-                verified += await store.verify(schema, generation, *given)
-        finally:
-            # a query cannot be cut off; whoever ends the loop waits for it
-            await asyncio.gather(computing, return_exceptions=True)
-    except Exception:
-        with contextlib.suppress(CallError):
-            await store.retire(view.name, generation, 0.0)
-        raise
-    seconds = time.monotonic() - began
-    return Loaded(view.name, "row", generation, rows, seconds, len(found) - len(ids), verified)
+        while (part := await computing) is not None:
+            computing = asyncio.create_task(asyncio.to_thread(next, parts, None))  # perhaps of the next view
+            view = part.view
+            if view.name not in begun:
+                begun[view.name] = await store.begin(view.schema())
+                tell(view.name, 0, part.all)
+            verified += await _load(store, part, begun[view.name], moment_us, tell, rows)
+            rows += len(part.entity_ids)
+            if part.last:
+                now = time.monotonic()
+                done.append(Loaded(view.name, "row", begun[view.name], rows, now - began, part.skipped, verified))
+                began, rows, verified = now, 0, 0
+    finally:
+        # a query cannot be cut off; whoever ends the loop waits for it
+        await asyncio.gather(computing, return_exceptions=True)
+    return done
+
+
+async def _load(store: OnlineStore, part: _Part, generation: int, moment_us: int, tell: Tell, before: int) -> int:
+    """How many rows were read back. before: rows of the view that are loaded already."""
+    schema = part.view.schema()
+    for start in range(0, len(part.entity_ids), _TOLD_EVERY):
+        some = slice(start, start + _TOLD_EVERY)
+        ids = part.entity_ids[some]
+        await store.load(schema, generation, ids, moment_us, part.values[some], part.null[some])
+        tell(part.view.name, before + start + len(ids), part.all)
+    return await store.verify(schema, generation, part.entity_ids, moment_us, part.values, part.null)
 
 
 _TOLD_EVERY = 16_384
 
 
-def _parts(offline: OfflineStore, view: View, ids: Sequence[str], moment_us: int, at_once: int) -> Iterator[_Part]:
-    step = at_once or max(1, _CELLS_AT_ONCE // len(view.columns))
-    for start in range(0, len(ids), step):
-        some = ids[start : start + step]
-        computed = offline.compute(view, Spine(some, np.full(len(some), moment_us, dtype=np.int64)))
-        yield _Part(some, computed.float32(), computed.null)
+def _parts(offline: OfflineStore, views: Sequence[View], moment_us: int, at_once: int) -> Iterator[_Part]:
+    """View after view, each with at least one part. The very first is empty: it tells how many rows will follow."""
+    for number, view in enumerate(views):
+        found = offline.entity_ids(view, moment_us)
+        ids = [entity_id for entity_id in found if is_id(entity_id)]
+        skipped, width = len(found) - len(ids), len(view.columns)
+        if not number or not ids:
+            none = np.zeros((0, width), np.float32)
+            yield _Part(view, [], none, none.astype(np.bool_), len(ids), skipped, last=not ids)
+        step = at_once or max(1, _CELLS_AT_ONCE // width)
+        for start in range(0, len(ids), step):
+            some = ids[start : start + step]
+            computed = offline.compute(view, Spine(some, np.full(len(some), moment_us, dtype=np.int64)))
+            last = start + step >= len(ids)
+            yield _Part(view, some, computed.float32(), computed.null, len(ids), skipped, last)

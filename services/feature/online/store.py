@@ -24,7 +24,7 @@ from services.feature.online.catalogue import Catalogue, Pointer, Published, Pub
 from services.feature.online.generations import Generation, over
 from services.feature.online.packed import RowLayout
 from services.feature.online.table import Table
-from services.resilience.errors import CallError, Unavailable
+from services.resilience.errors import CallError, Refused, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +254,13 @@ class OnlineStore:
         return listed
 
     async def _remove(self, view: str, generation: int) -> int:
-        await self._catalogue.give_up(view, generation)
+        try:
+            await self._catalogue.give_up(view, generation)
+        except Refused:
+            # a full store takes no note, but the rows are what fills it: without them there is room again
+            _, published = await self._catalogue.listed(view)
+            if generation == published:
+                raise
         count = await self._table.drop(self.key_prefix(view, generation), _DROP_TIMEOUT_S)
         await self._catalogue.forget(view, generation)
         log.info("generation removed", extra={"view": view, "generation": generation, "rows": count})
@@ -288,6 +294,11 @@ class OnlineStore:
         return [f"{prefix}{entity_id}}}" for entity_id in entity_ids]
 
 
+def is_id(text: str) -> bool:
+    """Whether an entity may be named so."""
+    return 0 < len(text) <= _SURELY_SHORT or 0 < len(text.encode()) <= MAX_ID_BYTES
+
+
 def _check_ids(entity_ids: Sequence[str], n: int) -> None:
     if len(entity_ids) != n:
         raise ValueError(f"there must be one entity id per row, got {len(entity_ids)} ids and {n} rows")
@@ -295,7 +306,7 @@ def _check_ids(entity_ids: Sequence[str], n: int) -> None:
     if min(lengths, default=1) > 0 and max(lengths, default=1) <= _SURELY_SHORT:
         return
     for entity_id in entity_ids:
-        if not 0 < len(entity_id.encode()) <= MAX_ID_BYTES:
+        if not is_id(entity_id):
             raise ValueError(f"an entity id must have 1 to {MAX_ID_BYTES} bytes, got {entity_id[:64]!r}")
 
 

@@ -34,7 +34,7 @@ from services.feature.stream.states import StateStore, numbered
 from services.feature.tiles.kernel import ViewKernel
 from services.feature.tiles.state import StateError
 from services.resilience.call import Clock
-from services.resilience.errors import CallError, Unavailable
+from services.resilience.errors import CallError, Refused, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Applier:
                 try:
                     if await self._states.lease(self._owner, self._lease_s, TIMEOUT_S):
                         await self._hold()
-                except CommandError as error:
+                except (CommandError, Refused) as error:  # a full store is nobody else's to tell of
                     self._tell_once("events are not applied", str(error))
                 except CallError as error:  # whoever holds the connection told of it
                     log.debug("events are not applied", extra={"reason": str(error)})
@@ -189,7 +189,7 @@ class Applier:
         """Applies while the lease is ours."""
         log.info("applying events", extra={"views": list(self._streams)})
         wait_s = min(_LONGEST_WAIT_S, self._lease_s / 3)
-        targets, looked_at = await self._targets(), self._clock()
+        targets, looked_at = await self._still_there(await self._targets()), self._clock()
         self._promises.clear()
         while True:
             now = self._clock()
@@ -197,7 +197,7 @@ class Applier:
                 if not await self._states.lease(self._owner, self._lease_s, TIMEOUT_S):
                     log.info("another applies events")
                     return
-                targets, looked_at = await self._targets(targets), now
+                targets, looked_at = await self._still_there(await self._targets(targets)), now
                 for name in self._sources:
                     await self._raise(self._sources[name], targets, 0)
             after = _starts(targets)
@@ -227,6 +227,20 @@ class Applier:
                 before[name] = await self._target(stream, published.generation, prefix)
             found.append(before[name])
         return found
+
+    async def _still_there(self, targets: Sequence[Target]) -> list[Target]:
+        """Without those that have counted more than was ever logged.
+
+        The log was emptied or replaced, and its positions begin again: what comes now would be skipped as counted.
+        """
+        kept = list(targets)
+        for name in self._sources:
+            last = await self._events.last_position(name, TIMEOUT_S)
+            for target in [target for target in kept if target.positions.get(name, 0) > last]:
+                kept.remove(target)
+                told = f"{target.name} has counted {name!r} up to {target.positions[name]}, but its log ends at {last}"
+                self._tell_once("a log was lost; materialise the view", told)
+        return kept
 
     async def _target(self, stream: StreamView, generation: int, key_prefix: str) -> Target:
         target = Target(stream, generation, key_prefix)

@@ -95,6 +95,23 @@ class Archive:
         """The position up to which the log is in files; 0 for none."""
         return int(await self.commands.call("GET", self._key(source, "archived"), timeout_s=TIMEOUT_S) or 0)
 
+    async def check(self, source: Source) -> None:
+        """Raises ArchiveError where files hold positions of which the store does not know that they are archived.
+
+        It was emptied, or another took its place that lacks the latest of it. Its positions begin again, so that to
+        go on would be to overwrite files, to count some events twice, and others never.
+        """
+        # in this order: what is in a file was claimed before, and is no longer claimed only once it is archived
+        found = await asyncio.to_thread(files, self.folder, source)
+        claimed, archived = await self._claimed(source.name), await self.archived(source.name)
+        for _, ranged in found:
+            if ranged is not None and ranged.last > archived and ranged != claimed:
+                raise ArchiveError(
+                    f"source {source.name!r}: a file holds positions {ranged} of its log, but the store has archived "
+                    f"{archived} of them, so it lost its log; rename the files log-{source.name}-* to anything else, "
+                    "and they count as what came before the log"
+                )
+
     async def write(self, source: Source, least: int = 1, most: int = MOST_EVENTS) -> Range | None:
         """Writes what is logged and not yet archived to one file; which positions, None where there was too little.
 
@@ -132,12 +149,17 @@ class Archive:
     async def _claim(self, source: Source, least: int, most: int) -> Range | None:
         archived = await self.archived(source.name)
         last = min(await self.events.last_position(source.name, TIMEOUT_S), archived + most)
-        claim = await self.commands.call("GET", self._key(source.name, "archiving"), timeout_s=TIMEOUT_S)
-        if claim is None:
-            if last - archived < max(1, least):
-                return None
-            wanted = Range(archived + 1, last)
-            claim = await run(self.commands, _CLAIM, self._keys(source), (archived, str(wanted)), TIMEOUT_S)
+        if (claimed := await self._claimed(source.name)) is not None:
+            return claimed
+        if last - archived < max(1, least):
+            return None
+        await self.check(source)
+        wanted = Range(archived + 1, last)
+        claim = await run(self.commands, _CLAIM, self._keys(source), (archived, str(wanted)), TIMEOUT_S)
+        return Range.parse(claim.decode()) if claim is not None else None
+
+    async def _claimed(self, source: str) -> Range | None:
+        claim = await self.commands.call("GET", self._key(source, "archiving"), timeout_s=TIMEOUT_S)
         return Range.parse(claim.decode()) if claim is not None else None
 
     async def _entries(self, source: Source, claimed: Range) -> list[Entry] | None:

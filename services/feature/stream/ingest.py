@@ -118,8 +118,13 @@ class Ingest:
                 group = read_request(request, self._sources, self._limits, self._now_us())
                 appended = self._appends[request.source].submit(Call(group, caller))
                 largest = max((event.sequence for event in group.events), default=0)
-                await pending.put(_Pending(request.source, largest, appended))
-        except (CallError, DecodeError) as error:
+                waiting = _Pending(request.source, largest, appended)
+                try:
+                    await pending.put(waiting)
+                except asyncio.CancelledError:
+                    _forget(waiting)
+                    raise
+        except Exception as error:  # noqa: BLE001 - whoever awaits the next answer must hear of it, whatever it was
             failed: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
             failed.set_exception(unreadable(error) if isinstance(error, DecodeError) else error)
             await pending.put(_Pending("", 0, failed))

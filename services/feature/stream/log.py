@@ -8,7 +8,10 @@
 
 An append is one script: that an event is new and that it is in the log become true in the same step, so no crash can
 come between. A store that writes its append-only file before it answers has then kept both or neither. The keys of a
-source are on different nodes of a cluster; the log needs a store of one node, or a primary with replicas.
+source are on different nodes of a cluster; the log needs a store of one node, or a primary with replicas. A replica
+that takes over may lack the last events that were acknowledged: producers have to send again what they sent in the last
+seconds before. It lacks the states that counted these too, so that none is skipped; what was archived is told
+(`services.feature.stream.archive`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ whoever applies events goes on from there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from services.feature.stream.archive import Archive, File, files
 from services.feature.stream.log import MAX_US
 from services.feature.stream.states import StateStore, numbered
 from services.feature.tiles.kernel import ViewKernel
+from services.resilience.errors import CallError
 
 TIMEOUT_S = 10.0
 _LOAD_TIMEOUT_S = 60.0
@@ -37,12 +39,16 @@ _MOST_BUCKETS = 4096
 
 
 class Built(NamedTuple):
-    """entities: that the files told of. events: counted from files. positions: source -> counted from its log."""
+    """entities: that the files told of. events: counted from files. positions: source -> counted from its log.
+
+    overtaken: one that was begun later was published meanwhile, and ours is gone.
+    """
 
     generation: int
     entities: int
     events: int
     positions: Mapping[str, int]
+    overtaken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,8 @@ class Builder:
         name = numbered(view.name, generation)
         try:
             positions = await self._hold_log(view, name)
+            for source in view.sources:
+                await self.archive.check(source)
             await self._check_log(positions)
             counted = await self._load(view, kernel, generation, positions, before_us, progress)
             target = Target(StreamView(view, kernel), generation, self.store.key_prefix(view.name, generation))
@@ -87,15 +95,25 @@ class Builder:
             await self.states.set_built(view.name, generation, kernel.schema_hash, TIMEOUT_S)
             watermark_us = max(counted.newest_us, 1)
             numbers = {view.name: generation}
-            await self.store.publish(
+            done = await self.store.publish(
                 [schema], watermark_us, {view.name: counted.entities}, numbers, kind="state", even_if_older=True
             )
         except BaseException:
-            await self.states.forget(view, [generation], TIMEOUT_S)
+            await self._give_up(view, generation)
             raise
-        await self._forget_those_before(view, generation)
+        overtaken = view.name in done.overtaken
+        if overtaken:
+            await self.states.forget(view, [generation], TIMEOUT_S)
+        else:
+            await self._forget_those_before(view, generation)
         progress("published", 1.0)
-        return Built(generation, counted.entities, counted.events, dict(target.positions))
+        return Built(generation, counted.entities, counted.events, dict(target.positions), overtaken)
+
+    async def _give_up(self, view: View, generation: int) -> None:
+        """Frees what a generation that will not be published took, as far as the store lets us."""
+        with contextlib.suppress(CallError, ValueError):  # then a later build removes it, or it was published after all
+            await self.store.retire(view.name, generation, 0.0)
+            await self.states.forget(view, [generation], TIMEOUT_S)
 
     async def _hold_log(self, view: View, generation: str) -> dict[str, int]:
         """From now on the log keeps what is not archived; up to where it is."""
@@ -113,6 +131,8 @@ class Builder:
             last = await self.archive.events.last_position(source, TIMEOUT_S)
             if (first or last + 1) > position + 1:
                 raise Gap(source, position + 1, first or last + 1)
+            if last < position:  # positions begin again, so that what comes would be taken for what is archived
+                raise Gap(source, position + 1, last + 1)
 
     async def _load(
         self,

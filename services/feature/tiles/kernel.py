@@ -6,9 +6,10 @@
 
 A state is bytes: what plan.py lists, as state.py writes it. Which events it has
 counted makes it what it is, in whatever order and batches they came, up to the last bits of sums. What it keeps ends
-at what its windows reach from its newest event, and one step more: rows are exact for moments after the newest event,
-and for those up to a step before it they may count events of the moment's own step that became known later. Of moments
-further back, windows may miss what has been left behind. Batches of a source must come in the order of its log.
+at what its windows reach from its newest event, and five minutes or one step more, whichever is longer: rows are exact
+for moments after the newest event, and for those up to so much before it they may count events of the moment's own step
+that became known later. Of moments further back, windows may miss what has been left behind. Batches of a source must
+come in the order of its log.
 
 A STD of values beyond 1e154, whose squares no number holds, is infinite.
 """
@@ -153,9 +154,10 @@ def _moments(as_of_us: int | Sequence[int], n: int) -> Words:
 
 def _numbered(column: Sequence[str | None]) -> tuple[list[str], Words]:
     """The distinct ids, and each event's number among them; -1 for none."""
-    numbers: dict[str, int] = {}
-    found = [-1 if id_ is None else numbers.setdefault(id_, len(numbers)) for id_ in column]
-    return list(numbers), np.array(found, dtype=np.int64)
+    ids = [id_ for id_ in dict.fromkeys(column) if id_ is not None]
+    numbers: dict[str | None, int] = {id_: number for number, id_ in enumerate(ids)}
+    numbers[None] = -1
+    return ids, np.fromiter(map(numbers.__getitem__, column), np.int64, len(column))
 
 
 def _is_new(positions: Words, reached: Words) -> NDArray[np.bool_]:

@@ -16,6 +16,9 @@ from services.feature.tiles.plan import Moments, Plan, Recent, Run
 from services.feature.tiles.sketched import sketched
 from services.feature.tiles.state import NEWEST, OLDEST, Opened, Words
 
+AHEAD_US = 300_000_000
+"""How far a producer's clock may be ahead of a reader's: as far as events are taken from the future."""
+
 
 def merge(plan: Plan, opened: Opened, batch: Batch) -> Opened:
     """The states with the batch counted. Positions are the caller's business."""
@@ -43,12 +46,12 @@ def _count_in_tiles(plan: Plan, opened: Opened, batch: Batch, merged: Opened) ->
 
 
 def _oldest_places(plan: Plan, newest_us: Words) -> Words:
-    """The place of the oldest tile that is kept, of each entity and run: one before those that windows reach now.
+    """The place of the oldest tile that is kept, of each entity and run: some before those that windows reach now.
 
-    So a reader whose clock is up to a step behind the newest event still finds all of its window.
+    So a reader whose clock is up to a step, or AHEAD_US, behind the newest event still finds all of its window.
     """
     steps_us = np.array([run.step_us for run in plan.runs], dtype=np.int64)
-    steps = np.array([run.steps + 1 for run in plan.runs], dtype=np.int64)
+    steps = np.array([run.steps + -(-AHEAD_US // run.step_us) for run in plan.runs], dtype=np.int64)
     indices = newest_us[:, np.newaxis] // steps_us - steps
     return (owner_places(indices.size).reshape(indices.shape) + indices).ravel()
 

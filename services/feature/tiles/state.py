@@ -37,6 +37,7 @@ NULL_BITS = 0x7FF8_6E75_6C6C_0000
 """How a null is kept among values: a NaN that no value has."""
 _HEAD_AT = 12
 _NEVER = np.iinfo(np.int64).max
+_LAST_INDEX = 1 << 34  # of a tile: 2**53 us in steps of a second; places.py has room for no more
 # the CRC-32 of anything that ends in its own CRC-32: one call checks a state without slicing it
 _INTACT = 0x2144DF1C
 
@@ -90,6 +91,9 @@ class Codec:
         self._head = struct.Struct(f"<{self._columns}q").unpack_from
         self._tile_words, self._recent_words = plan.tile_words, plan.recent_words
         self._no_tile = bytes(8 * plan.tile_words)
+        self._run_of = np.array([run.number for run in plan.runs for _ in run.sketches], dtype=np.int64)
+        self._own = self._run_of * self._sketches + np.arange(self._sketches)
+        self._size_at = np.array([sketch.column for sketch in plan.sketches], dtype=np.int64)
         head = [0, _NEVER] + [NO_POSITION] * len(plan.sources) + [0] * (self._columns - self._heads)
         body = self._prefix + struct.pack(f"<{len(head)}q", *head)
         self.empty = body + struct.pack("<I", crc32(body))
@@ -97,11 +101,23 @@ class Codec:
 
     def check(self, state: bytes) -> None:
         """Raises DamagedState or ForeignState."""
-        if not self._is_ours(state) or self._ends(state) is None:
+        if not self._is_ours(state) or self._ends(state) is None or self.open([state]).damaged:
             raise self._problem(state)
 
     def open(self, states: Sequence[bytes | None]) -> Opened:
         """None, damaged and foreign states are empty."""
+        opened = self._open(states)
+        wrong = self._contradicting(opened.counts, opened.tiles[:-1])
+        if not len(wrong):
+            return opened
+        left = list(states)
+        for number in wrong:
+            left[number] = None
+        good = self._open(left)
+        good.damaged = sorted((*good.damaged, *wrong))
+        return good
+
+    def _open(self, states: Sequence[bytes | None]) -> Opened:
         body_at, empty = self._body_at, self.empty
         heads, tiles, recents, words = [], [], [], []
         damaged: list[int] = []
@@ -129,6 +145,35 @@ class Codec:
             damaged,
             foreign,
         )
+
+    def _contradicting(self, counts: Words, tiles: Words) -> Sequence[int]:
+        """Of k states taken apart, those whose tiles cannot be: what follows would take them for those of others.
+
+        Their checksums hold, so it was not chance that made them so.
+        """
+        lengths = counts[:, : self._runs].ravel()
+        owners = np.arange(len(lengths)).repeat(lengths)
+        indices = tiles[:, 0]
+        wrong = (indices > _LAST_INDEX) | (indices < -_LAST_INDEX)
+        wrong[1:] |= (indices[1:] <= indices[:-1]) & (owners[1:] == owners[:-1])
+        found = set((owners[wrong] // self._runs).tolist()) if np.count_nonzero(wrong) else set()
+        return sorted(found | self._missized(counts, lengths, owners, tiles)) if self._sketches else sorted(found)
+
+    def _missized(self, counts: Words, lengths: Words, owners: Words, tiles: Words) -> set[int]:
+        """Of k states, those whose tiles have sketches of other sizes than the state has words."""
+        given = tiles.take(self._size_at, axis=1)
+        before = np.concatenate((np.zeros((1, self._sketches), dtype=np.int64), given.cumsum(axis=0)))
+        ends = lengths.cumsum()
+        # of every sketch in every run; a column is a size in its own run only
+        sizes = (before.take(ends, axis=0) - before.take(ends - lengths, axis=0)).reshape(
+            len(counts), self._runs * self._sketches
+        )
+        unfit = sizes.take(self._own, axis=1) != counts[:, self._recents_end - self._heads :]
+        found = set(np.flatnonzero(unfit.any(axis=1)).tolist()) if np.count_nonzero(unfit) else set()
+        if len(given) and given.min() < 0:
+            negative = (given < 0) & (owners[:, np.newaxis] % self._runs == self._run_of)
+            found |= set((owners[negative.any(axis=1)] // self._runs).tolist())
+        return found
 
     def newest_us(self, states: Sequence[bytes | None]) -> Words:
         """(k,), 0 of damaged and foreign states."""

@@ -105,6 +105,40 @@ def test_a_wrong_definition_is_one_line_naming_file_line_view_and_column(place: 
 
 
 @pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("Aggregate.MEAN", "Aggregate.MEEN", "there is no MEEN; of Aggregate there are: COUNT, SUM, MEAN"),
+        ("Aggregate.MEAN", '"mean"', "column 'fare': an aggregate must be of Aggregate, got 'mean'"),
+        ('("1h",)', "(1,)", "a window must be 1 to 9999 followed by s, m, h or d, got 1"),
+        (
+            'entities=("driver",)',
+            'entities=("driver")',
+            "source 'trips': entities must be a tuple of names, got 'driver'",
+        ),
+        ("ttl_s=3600.0),", "ttl_s=3600.0", ": '(' was never closed"),
+        ("ttl_s=3600.0", "ttl_s=HOUR", "NameError: name 'HOUR' is not defined"),
+        ("VIEWS = (", "VIEW = (", "a module of definitions must have VIEWS"),
+        ("REQUEST_VIEWS = (", "REQUEST_VIEWS = (TRIPS, ", "REQUEST_VIEWS must hold RequestView, got Source"),
+        (
+            'driver.fare_last"',
+            'driver.fare_lost"',
+            "request view 'asked', column 'better': no column 'driver.fare_lost'",
+        ),
+    ],
+)
+def test_every_slip_in_definitions_is_one_line_that_names_the_file(
+    place: Place, before: str, after: str, told: str
+) -> None:
+    file = Path(place.definitions)
+    assert before in DEFINITIONS
+    file.write_text(DEFINITIONS.replace(before, after, 1))
+    status, out, error = run(place, "validate")
+    assert (status, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"tenfold: {file}:")
+    assert told in error
+
+
+@pytest.mark.parametrize(
     ("columns", "named", "problem"),
     [
         ({"fare": ["1", "2"]}, "fare", "must be a number, got string"),
@@ -238,6 +272,26 @@ def test_a_label_file_without_the_entity_is_named_before_anything_is_written(
         assert "there is no column 'driver'" in told
 
 
+def test_a_training_set_of_which_nothing_was_known_says_so(place: Place, labels: str, tmp_path: Path) -> None:
+    asked = ("training-set", "--labels", labels, "--view", "driver", "--entity", "driver=who")
+    _, out, told = run(place, *asked, "--time", "when", "--out", tmp_path / "t")
+    assert "known by then: driver 100.0%" in out
+    assert told == ""
+    _, out, told = run(place, *asked, "--time", "paid", "--out", tmp_path / "u")
+    assert "known by then: driver 0.0%" in out
+    assert told == "tenfold: view 'driver': nothing was known of any driver: are ids and moments right?\n"
+
+
+def test_the_help_says_what_the_exit_status_means(place: Place) -> None:
+    assert "Exit status: 0" in run(place, "--help")[1]
+
+
+def test_a_view_that_is_worked_out_on_request_cannot_be_backfilled(place: Place, tmp_path: Path) -> None:
+    asked = ("backfill", "asked", "--from", "2013-03-01", "--to", "2013-03-01", "--out", tmp_path / "x")
+    status, _, told = run(place, *asked)
+    assert (status, "view 'asked' is worked out on request and not stored; stored are: driver" in told) == (2, True)
+
+
 def test_a_leak_is_found_by_check_and_an_honest_set_passes(place: Place, labels: str, tmp_path: Path) -> None:
     asked = ("training-set", "--labels", labels, "--time", "when", "--entity", "driver=who", "--view", "driver")
     assert run(place, *asked, "--out", tmp_path / "honest")[0] == 0
@@ -255,12 +309,19 @@ def test_a_leak_is_found_by_check_and_an_honest_set_passes(place: Place, labels:
 def test_a_day_is_replayed_by_every_path(place: Place) -> None:
     status, told = json_of(place, "check", "--day", "2013-03-02", "--view", "driver")
     assert (status, told["agrees"], set(told["checks"])) == (0, True, {"stream", "request"})
+    assert set(json_of(place, "check", "--day", "2013-03-02", "--view", "asked")[1]["checks"]) == {
+        "stream",
+        "request",
+        "on request",
+    }
+    assert run(place, "check", "--day", "2019-03-02")[0] == 1
     assert all(column["rows"] > 0 for column in told["checks"]["stream"]["columns"])
 
 
 def test_an_empty_sample_of_served_rows_is_not_told_to_agree(place: Place, tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
-    _, out, _ = run(place, "check", "--served", tmp_path / "served")
+    status, out, _ = run(place, "check", "--served", tmp_path / "served")
+    assert status == 1
     assert "nothing was compared" in out
 
 

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from services.feature.check import checks
+from services.feature.check import checks, replay
 from services.feature.define.definition import Aggregate, RequestView, Source, Value, View, latest, windowed
 from services.feature.define.definitions import Definitions
+from services.feature.define.events import Events
+from services.feature.define.expression import Expression
 from services.feature.offline.backfill import Days, backfill, bucket_of, end_us
 from services.feature.offline.parts import PartsError
 from services.feature.offline.store import Clock, OfflineError, OfflineStore
@@ -169,6 +173,74 @@ def test_a_label_without_a_moment_is_refused(offline: OfflineStore, tmp_path: Pa
         training_set(offline, Labels(str(tmp_path / "l.parquet"), "at", {}), Wanted([ORIGIN]), str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("l.csv", "", "must have at least 1 row, got an empty file"),
+        ("l.csv", "origin,at\n", "must have at least 1 row, got 0"),
+        ("l.csv", "origin,at\nJFK,1e3\n", "column 'at': must be a timestamp or int64 microseconds, got double"),
+        ("l.csv", "origin,at\nJFK,-5\n", r"a moment must be 0 to 2\*\*53 microseconds since 1970, got -5"),
+        ("gone.parquet", None, "there is no such file"),
+    ],
+)
+def test_labels_without_a_row_or_a_moment_are_refused(
+    offline: OfflineStore, tmp_path: Path, file: str, text: str | None, told: str
+) -> None:
+    if text is not None:
+        (tmp_path / file).write_text(text)
+    with pytest.raises(LabelsError, match=told):
+        training_set(offline, Labels(str(tmp_path / file), "at", {}), Wanted([ORIGIN]), str(tmp_path / "out"))
+
+
+def test_an_entity_that_no_view_is_about_is_a_mistake(offline: OfflineStore, labels: Labels, tmp_path: Path) -> None:
+    wrong = Labels(labels.path, labels.time, {"origin": "airport", "orign": "airport"})
+    with pytest.raises(LabelsError, match="no view that is joined is about entity 'orign', they are about: origin"):
+        training_set(offline, wrong, Wanted([ORIGIN]), str(tmp_path / "out"))
+
+
+def test_an_input_that_is_no_number_is_refused_by_column(offline: OfflineStore, tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text(f"origin,at,slack_min\nJFK,{NOON_US},soon\n")
+    with pytest.raises(LabelsError, match="column 'slack_min': must be a number, got string"):
+        training_set(
+            offline, Labels(str(tmp_path / "l.csv"), "at", {}), Wanted([ORIGIN], [BUFFER]), str(tmp_path / "o")
+        )
+
+
+def test_ids_in_csv_are_text_even_if_they_look_like_numbers(tmp_path: Path) -> None:
+    (tmp_path / "offline/arrivals").mkdir(parents=True)
+    table = pa.table({"due_us": [NOON_US], "arrived_us": [NOON_US], "seq": [1], "origin": ["007"], "delay": [3.0]})
+    pa.parquet.write_table(table, tmp_path / "offline/arrivals/a.parquet")
+    (tmp_path / "l.csv").write_text(f"origin,at\n007,{NOON_US + 1}\n7,{NOON_US + 1}\n")
+    known: list[tuple[str, int, int]] = []
+    training_set(
+        OfflineStore(tmp_path / "offline"),
+        Labels(str(tmp_path / "l.csv"), "at", {}),
+        Wanted([ORIGIN]),
+        str(tmp_path / "out"),
+        known=lambda *told: known.append(told),
+    )
+    assert read(tmp_path / "out")["origin.delay_last"].to_pylist() == [3.0, None]
+    assert known == [("origin", 1, 2)]
+
+
+def test_moments_without_a_zone_are_in_utc_and_others_where_they_say(offline: OfflineStore, tmp_path: Path) -> None:
+    at_us = NOON_US + 2 * DAY_US
+    rows = []
+    for zone in (None, "UTC", "America/New_York"):
+        table = pa.table({"origin": ["JFK"], "at": pa.array([at_us], pa.timestamp("us", zone))})
+        pa.parquet.write_table(table, tmp_path / "l.parquet")
+        out = tmp_path / f"out-{zone and zone[:2]}"
+        training_set(offline, Labels(str(tmp_path / "l.parquet"), "at", {}), Wanted([ORIGIN]), str(out))
+        rows.append(read(out).drop(["at"]).to_pylist())
+    assert rows[0][0]["origin.delay_count_6h"] is not None
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_a_training_set_cannot_go_where_a_file_is(offline: OfflineStore, labels: Labels, tmp_path: Path) -> None:
+    with pytest.raises(PartsError, match="is no folder"):
+        training_set(offline, labels, Wanted([ORIGIN]), labels.path)
+
+
 def test_the_check_tells_a_leaky_training_set_from_an_honest_one(
     offline: OfflineStore, labels: Labels, tmp_path: Path
 ) -> None:
@@ -191,9 +263,71 @@ def test_batch_stream_and_request_agree_on_a_day(offline: OfflineStore) -> None:
     assert any(column.null_expected < 1 for column in found[0].columns)
 
 
+def test_features_on_request_are_checked_row_by_row_against_sql(offline: OfflineStore) -> None:
+    day = Days.parse("2013-01-02", "2013-01-02").first
+    found = {one.path: one for one in checks.day(offline, [ORIGIN], day, [BUFFER], rows=100)}[checks.ON_REQUEST]
+    assert found.agrees
+    (column,) = found.columns
+    assert (column.view, column.column, column.rows) == ("buffer", "left", 500)
+    assert 0 < column.null_expected < 1
+
+
+def test_a_request_view_that_numpy_has_otherwise_is_found(
+    offline: OfflineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = Expression.evaluate
+
+    def wrong(self: Expression, columns: Any) -> Any:
+        values, null = evaluate(self, columns)
+        return values + 1.0, null
+
+    monkeypatch.setattr(Expression, "evaluate", wrong)
+    day = Days.parse("2013-01-02", "2013-01-02").first
+    found = {one.path: one for one in checks.day(offline, [ORIGIN], day, [BUFFER], rows=100)}[checks.ON_REQUEST]
+    assert not found.agrees
+
+
+def test_the_check_of_a_training_set_looks_at_request_views_too(
+    offline: OfflineStore, labels: Labels, tmp_path: Path
+) -> None:
+    training_set(offline, labels, Wanted([ORIGIN], [BUFFER]), str(tmp_path / "out"))
+    definitions = Definitions((ORIGIN,), (BUFFER,))
+    honest = checks.training(offline, definitions, str(tmp_path / "out"))
+    assert honest.agrees
+    assert [column.rows for column in honest.columns if column.view == "buffer"] == [80]
+    file = tmp_path / "out/part-00000.parquet"
+    table = pa.parquet.read_table(file)
+    at = table.column_names.index("buffer.left")
+    other = pc.add(table["buffer.left"], pa.scalar(1.0, pa.float32()))
+    pa.parquet.write_table(table.set_column(at, "buffer.left", other), file)
+    tampered = checks.training(offline, definitions, str(tmp_path / "out"))
+    assert [column.view for column in tampered.columns if column.mismatched] == ["buffer"]
+
+
+def test_moments_lie_on_both_sides_of_where_windows_let_go_of_events(offline: OfflineStore) -> None:
+    begin_us = end_us(Days.parse("2013-01-01", "2013-01-01").first)
+    random = np.random.default_rng(0)
+    events = replay.events_of(offline, ORIGIN, begin_us, random)
+    moments = set(replay.sampled(ORIGIN, events, begin_us, 4_000, random).as_of_us.tolist())
+    for window, step in {(f.window_us, f.step_us) for f in ORIGIN.features if f.window}:
+        left = (events[0].known_us // step + window // step + 1) * step
+        left = left[(left > begin_us) & (left < begin_us + DAY_US)]
+        assert len(left)
+        assert moments >= {*left.tolist(), *(left - 1).tolist()}
+
+
+def test_requests_get_fewer_where_each_counts_very_many_events() -> None:
+    n = 600_000
+    times = np.arange(n, dtype=np.int64)
+    events = Events("arrivals", times, times, times, {"origin": ["JFK", "EWR"] * (n // 2)}, {}, {})
+    assert replay.affordable([events], "origin", 200) == 20
+    assert replay.affordable([events.take(times[:100])], "origin", 200) == 200
+
+
 def test_a_day_on_which_nothing_happened_is_said_to_be_so(offline: OfflineStore) -> None:
     found = checks.day(offline, [ORIGIN], Days.parse("2019-01-02", "2019-01-02").first)
     assert found[0].columns == []
+    assert not found[0].agrees  # nothing was compared
     assert found[0].notes == ["view 'origin': nothing happened on 2019-01-02"]
 
 

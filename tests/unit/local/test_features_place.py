@@ -78,3 +78,21 @@ def test_a_wrong_mesh_file_is_one_line_that_names_the_place(
     with pytest.raises(typer.Exit):
         place_of(file, "default")
     assert capsys.readouterr().err.startswith(f"tenfold: {file}:")
+
+
+def test_a_mesh_file_may_describe_features_alone(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tenfold.toml"
+    file.write_text('version = 1\nname = "rides"\n\n[features]\ndefinitions = "views.py"\noffline = "events"\n')
+    place = place_of(None, "default")
+    assert (place.mesh, place.definitions) == ("rides", str(tmp_path / "views.py"))
+    assert place.offline == str(home / "events")
+
+
+def test_what_a_file_of_features_alone_may_not_hold_is_told_with_its_line(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tenfold.toml"
+    file.write_text('version = 1\nname = "rides"\n\n[features]\ndefinition = "views.py"\n')
+    with pytest.raises(typer.Exit):
+        place_of(None, "default")
+    assert capsys.readouterr().err.startswith(f"tenfold: {file}:4: features: ")
