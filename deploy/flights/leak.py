@@ -5,7 +5,7 @@ tables often are, lets a prediction at noon learn from it. Offline that looks li
 do not exist yet, and the model is worse than an honest one. `tenfold features check --training-set` tells the two
 training sets apart before anything is deployed.
 
-The labels are every third flight, so that it takes two minutes; the features are made of the events of all.
+The labels are every third flight, so that it takes a minute or two; the features are of the events of all flights.
 
     python -m deploy.flights.leak
 """
@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet
 from numpy.typing import NDArray
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
@@ -115,16 +116,16 @@ def _joined(
 
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
-    flights = (
-        f"every {_EVERY}rd flight of 2013 as a label, features of the events of all; judged on November and December"
-    )
-    table = Table("joined by", "AUC promised", "AUC delivered", "features check", title=flights, title_justify="left")
+    table = Table("joined by", "AUC promised", "AUC delivered", "features check", box=box.SIMPLE)
     for outcome in outcomes:
-        verdict = "agrees with what was known"
+        verdict = "agrees"
         if not outcome.check.agrees:
-            verdict = f"LEAK: {len(outcome.skewed)} of {len(outcome.check.columns)} features differ"
+            verdict = f"LEAK: {len(outcome.skewed)} of {len(outcome.check.columns)} differ"
         table.add_row(_BY[outcome.clock], f"{outcome.promised:.3f}", f"{outcome.delivered:.3f}", verdict)
     console.print(table)
+    console.print(
+        f"Labels are one flight in {_EVERY}, features are of the events of all; judged on November and December."
+    )
     for outcome in outcomes:
         if outcome.skewed:
             console.print("differ most, by share of rows:")

@@ -41,8 +41,8 @@ _MODULES = ("data", "dataset", "evaluate", "graphs", "prepare", "train", "views"
 _FEATURE_MODULES = (
     *("define/definition", "define/expression", "define/expression_reader", "define/expression_sql"),
     *("define/expression_tree", "define/rows", "define/schema", "define/windows"),
-    *("offline/files", "offline/sql", "offline/sql_events", "offline/sql_latest", "offline/sql_sketches"),
-    *("offline/sql_tiles", "offline/store", "online/materialize"),
+    *("offline/files", "offline/sql", "offline/sql_events", "offline/sql_frames", "offline/sql_latest"),
+    *("offline/sql_places", "offline/sql_sketches", "offline/sql_tiles", "offline/store", "online/materialize"),
 )
 _LIBRARIES = ("duckdb", "lightgbm", "numpy", "onnx", "scikit-learn", "sqlglot")
 # shares of the whole, as measured on two cores

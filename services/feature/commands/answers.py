@@ -199,7 +199,8 @@ def training_set(
         typer.echo("known by then: " + ", ".join(f"{view} {screen.share(one)}" for view, one in shares.items()))
         for view in (view for view, one in shares.items() if not one):
             typer.echo(
-                f"view {view!r}: nothing was known of any {entities[view]}: are ids and moments right?", err=True
+                f"tenfold: view {view!r}: nothing was known of any {entities[view]}: are ids and moments right?",
+                err=True,
             )
 
 

@@ -275,7 +275,9 @@ class View:
             if not problem and not seen.isdisjoint(feature.columns):
                 problem = "it is there twice"
             if problem:
-                name = feature.name if _has_valid_parameter(feature) else feature.value
+                name = (
+                    feature.name if isinstance(feature.window, str) and _has_valid_parameter(feature) else feature.value
+                )
                 raise DefinitionError(f"view {self.name!r}, column {name!r}: {problem}")
             seen.update(feature.columns)
 

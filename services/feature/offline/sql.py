@@ -7,6 +7,9 @@ Three shapes only, which mean the same on every engine:
     equality    joins by entity, time and sequence; what answers is found first, by its place in a total order
 
 sql_tiles.py, sql_latest.py and sql_sketches.py compile the aggregates, sql_events.py what they read.
+
+On DuckDB, in this process, places in the order of events are found by binary search in numpy (sql_places.py), and numbers
+are aggregated over ROWS frames between them (sql_frames.py): the same meaning, several times faster.
 """
 
 from __future__ import annotations

@@ -132,7 +132,9 @@ class Reading:
         listed = [f"{self._column(name)} AS {alias}" for alias, name in keys.items()]
         listed += [f"{self.value(name)} AS {alias}" for alias, name in columns.items()]
         if self.dialect.own_forms:
-            listed.append(f"s.file_index * {_MOST_ROWS} + s.file_row_number AS file_row")
+            listed.append(
+                f"CAST(s.file_index AS BIGINT) * {_MOST_ROWS} + CAST(s.file_row_number AS BIGINT) AS file_row"
+            )
         wanted = [f"{self._column(name)} IS NOT NULL" for name in (*keys.values(), self.source.known_us)]
         if condition := self.source.condition():
             wanted.append(f"({condition.sql(self._operand, self.dialect.name)})")

@@ -82,7 +82,7 @@ def _gathered(reading: Reading, name: str, row: str, features: Sequence[Feature]
     if values:
         listed = "".join(f", CAST(r.v{at} AS DOUBLE) AS v{at}" for at in range(len(values)))
         query = (
-            f"SELECT p.e, p.t, p.at_us{listed} FROM {{source}} AS r JOIN {reading.places} AS p ON r.file_row = p.{row}"  # noqa: S608, E501
+            f"SELECT p.e, p.t, p.at_us{listed} FROM {{source}} AS r JOIN {reading.places} AS p ON r.file_row = p.{row}"  # noqa: S608
         )
         steps.append(reading.step(table, query, {f"v{at}": value for at, value in enumerate(values)}))
     if features:

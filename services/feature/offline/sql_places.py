@@ -24,8 +24,8 @@ def find(con: duckdb.DuckDBPyConnection, table: str, events: str, moments: str) 
     events: a query for e, at_us, seq, file_row, and n0, n1, ... BIGINT: 1 where the event's value takes part, else 0.
     moments: a query for e, t, and b0, b1, ... BIGINT: where windows begin, null for all time.
 
-    table: per moment e, t; pos, its number after the last place; at_us, seq, file_row: of the last event known before t;
-    past: the place after that event; and per window w: low_w, the window's first place, which is `past` where it is
+    table: per moment e, t; pos, its number after the last place; at_us, seq, file_row: of the last event known before
+    t; past: the place after that event; and per window w: low_w, the window's first place, which is `past` where it is
     empty; row_w, of the event there; n0_w, n1_w, ...: how many values of its events take part.
     placed_<table>: place, file_row.
     """
@@ -49,7 +49,10 @@ def find(con: duckdb.DuckDBPyConnection, table: str, events: str, moments: str) 
         for name, so_far in line.so_far.items():
             columns[f"{name}_{w}"] = pa.array(so_far[past] - so_far[low])
     con.register(table, pa.table(columns))
-    con.register(f"placed_{table}", pa.table({"place": pa.array(np.arange(len(line))), "file_row": pa.array(line.columns["file_row"])}))
+    con.register(
+        f"placed_{table}",
+        pa.table({"place": pa.array(np.arange(len(line))), "file_row": pa.array(line.columns["file_row"])}),
+    )
 
 
 def forget(con: duckdb.DuckDBPyConnection, table: str) -> None:

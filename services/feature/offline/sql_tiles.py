@@ -13,6 +13,8 @@ Nothing is ever subtracted to leave a window, so that an event outside it leaves
     M2 = sum(M2) + sum(n * (m - mean)^2) = sum(M2) + tiles * (covar(m, s) - mean * covar(m, n))
 
 and covariances are centred by the engine. Without a window there is one tile for all time, and only its head.
+
+DuckDB has a form of its own: see sql_frames.py.
 """
 
 from __future__ import annotations
