@@ -8,8 +8,8 @@ Three shapes only, which mean the same on every engine:
 
 sql_tiles.py, sql_latest.py and sql_sketches.py compile the aggregates, sql_events.py what they read.
 
-On DuckDB, in this process, places in the order of events are found by binary search in numpy (sql_places.py), and numbers
-are aggregated over ROWS frames between them (sql_frames.py): the same meaning, several times faster.
+On DuckDB, in this process, places in the order of events are found by binary search in numpy (sql_places.py), and
+numbers are aggregated over ROWS frames between them (sql_frames.py): the same meaning, several times faster.
 """
 
 from __future__ import annotations
