@@ -116,7 +116,7 @@ def _joined(
 
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
-    table = Table("joined by", "AUC promised", "AUC delivered", "features check", box=box.SIMPLE)
+    table = Table("joined by", "promised", "delivered", "features check", box=box.SIMPLE)
     for outcome in outcomes:
         verdict = "agrees"
         if not outcome.check.agrees:
