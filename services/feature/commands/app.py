@@ -45,6 +45,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 Restart = Annotated[bool, typer.Option("--restart", help="Make everything again, also what is whole.")]
 At = Annotated[str, typer.Option(help="The moment: ISO 8601 or microseconds since 1970; now if left out.")]
 DEFAULT_STACK = "default"
+_INTERRUPTED_QUERY = "Query interrupted"  # what DuckDB makes of Ctrl-C: a RuntimeError that says this
 _HELP = """Features: define, compute, store, look, check.
 
 Exit status: 0 where all is well; 1 where something failed, or does not agree; 2 where definitions or the question make
@@ -341,14 +342,20 @@ def _told() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("tenfold: interrupted; what is whole stays, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        raise _interrupted() from None
     except Exception as error:
+        if str(error) == _INTERRUPTED_QUERY:
+            raise _interrupted() from None
         status = _status_of(error)
         if not status:
             raise
         typer.echo(f"tenfold: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(status) from None
+
+
+def _interrupted() -> typer.Exit:
+    typer.echo("tenfold: interrupted; what is whole stays, and the same command goes on", err=True)
+    return typer.Exit(130)
 
 
 def _status_of(error: Exception) -> int:

@@ -282,6 +282,23 @@ def test_a_training_set_of_which_nothing_was_known_says_so(place: Place, labels:
     assert told == "tenfold: view 'driver': nothing was known of any driver: are ids and moments right?\n"
 
 
+def test_an_interrupt_within_a_query_ends_the_command_as_any_other() -> None:
+    code = """
+import _thread, sys, threading, duckdb, typer
+from services.feature.commands.app import _told
+try:
+    with _told(), duckdb.connect() as con:
+        threading.Timer(0.2, _thread.interrupt_main).start()
+        while True:
+            con.execute("SELECT sum(a.range * b.range) FROM range(10000) a, range(10000) b")
+except typer.Exit as ended:
+    sys.exit(ended.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (130, 1)
+    assert done.stderr == "tenfold: interrupted; what is whole stays, and the same command goes on\n"
+
+
 def test_the_help_says_what_the_exit_status_means(place: Place) -> None:
     assert "Exit status: 0" in run(place, "--help")[1]
 
