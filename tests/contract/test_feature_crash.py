@@ -83,12 +83,16 @@ class Producer:
     async def _one_stream(self, stub: feature_pb2_grpc.FeatureServiceAsyncStub, enough: asyncio.Event) -> None:
         under_way: list[list[int]] = []
         again, self.unsure = self.unsure, []
+        over = False
 
         async def requests() -> AsyncIterator[pb.WriteEventsRequest]:
             for numbers in again:
+                if over:
+                    return
                 under_way.append(numbers)
                 yield self._request(numbers)
-            while not enough.is_set() and len(under_way) < 400:
+            # a stream that has ended may go on asking for requests: none of those would ever be accounted for
+            while not over and not enough.is_set() and len(under_way) < 400:
                 fresh = list(range(self.sent + 1, self.sent + 1 + self.chance.randrange(1, 20)))
                 self.sent = fresh[-1]
                 old = self.chance.sample(range(1, self.sent), min(3, self.sent - 1))
@@ -105,6 +109,7 @@ class Producer:
                 self.acknowledged.update(under_way[answered])
                 answered += 1
         finally:
+            over = True
             self.unsure = under_way[answered:] + again[len(under_way) :]
 
     def _request(self, numbers: Sequence[int]) -> pb.WriteEventsRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,10 +65,12 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     builder = sql.SparkSession.builder.master("local[2]").appName("tenfold")
     for name, value in {**_SETTINGS, "spark.sql.warehouse.dir": str(folder / "warehouse")}.items():
         builder = builder.config(name, value)
+    interrupt = signal.getsignal(signal.SIGINT)
     session = builder.getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     yield session
     stop(session)
+    signal.signal(signal.SIGINT, interrupt)  # Spark put its own there, which outlives its session
 
 
 def stop(session: SparkSession) -> None:
